@@ -1,0 +1,1370 @@
+"""AXPO, Agent eXplorative Policy Optimization (arXiv 2605.28774), in one file: teach a vision-language model to act.
+
+A thinking model trained with GRPO hardly uses its tools. Where it tries one, all its tool-using rollouts of a question
+often fail, so that a call never earns credit. AXPO is GRPO plus one move for exactly these questions:
+
+    1. roll out N answers per question and grade them                           rollout_groups, grade
+    2. find the questions whose tool-using rollouts exist and are all wrong     all_wrong_tool_rollouts
+    3. keep their thinking up to `<tool_call>`, the most uncertain first        uncertainty, select_prefixes
+    4. draw the call and all that follows K times anew from each such prefix    resample
+    5. credit each token from one source: a continuation against its siblings,  group_advantages
+       the prefix by whether any of them was right, the rest as in GRPO         prefix_advantage
+    6. take one clipped policy-gradient step, with a KL to the start            policy_loss
+
+`axpo_batch` is steps 1 to 5. Read from the top: section 3 is the method, section 4 puts it together, the rest serves.
+
+    torchrun axpo.py                      # SFT, RL and evaluation of a tiny model in a toy world, on a CPU
+    torchrun axpo.py --algo grpo          # the baseline
+    torchrun axpo.py --stage eval --model runs/toy-axpo/rl --data toy     # one stage, from any Qwen3-VL checkpoint
+
+Shapes: B questions, N rollouts each, K continuations per prefix, S streams (rows that are trained on), T tokens,
+V vocabulary. The paper's symbols, here:
+
+    x                 Problem; the first prompt_len ids     r, r_k         Rollout.reward
+    y, y_k            Rollout; a continuation               r_pre, A_pre   recovered, prefix_advantage
+    t_1               Rollout.ids[: calls[0].start]         rho_t          ratio in policy_loss
+    a_t, o_t          Call, Observation                     r (budget)     Config.resample_ratio
+    pi_theta, pi_old  policy, old_logps                     pi_ref         reference
+
+Where the paper leaves something open, a comment begins with "Paper leaves this open".
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+# Read when torch is loaded: on a CPU, threads that wait for work must sleep, not spin, or the tools' processes starve.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+from data import Problem
+from tools import SCHEMAS, Observation, Toolbox, ToolConfig
+from tools import start as start_tools
+
+
+# ======================================================================================================================
+# 1. Config
+# ======================================================================================================================
+def option(default, text: str):
+    """A field of Config: its default and its line in --help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config(ToolConfig):
+    """All that can be set. Defaults are the paper's; where the data is the toy world, `data.toy_recipe` replaces
+    some."""
+
+    stage: Literal["all", "sft", "rl", "eval"] = option("all", "one stage, or all of them in turn")
+    model: str = option("toy", "checkpoint to start from: a folder, a Hub id of a Qwen3-VL, or 'toy' (tiny, random)")
+    data: str = option("toy", "problems to train on")
+    eval_data: str = option("", "problems to evaluate on (default: the test split of --data)")
+    output_dir: str = option("runs", "runs are kept in OUTPUT_DIR/NAME")
+    name: str = option("", "name of the run (default: made of model and algorithm); the same command again resumes it")
+    seed: int = option(0, "seed of everything random")
+    threads: int = option(0, "CPU threads of torch (0: all cores; torchrun alone would give one)")
+    # the method
+    algo: Literal["axpo", "grpo"] = option("axpo", "grpo leaves out the resampling and is the baseline")
+    rank: Literal["entropy", "confidence", "random"] = option(
+        "entropy", "prefixes first: those of the highest entropy, of the lowest mean probability (the paper's), or any"
+    )
+    rollouts_per_question: int = option(8, "N")
+    resamples_per_prefix: int = option(4, "K, continuations of each selected prefix")
+    resample_ratio: float = option(0.25, "r: at most r * B * N continuations per step")
+    eps_low: float = option(0.2, "lower clip range of the ratio")
+    eps_high: float = option(0.4, "upper clip range of the ratio")
+    beta: float = option(1e-3, "weight of the KL to the reference")
+    temperature: float = option(1.0, "temperature of training rollouts")
+    max_turns: int = option(3, "assistant messages per training rollout")
+    max_response_tokens: int = option(16384, "tokens after the question, observations included")
+    # optimisation
+    steps: int = option(300, "RL steps")
+    questions_per_step: int = option(64, "B")
+    epochs_per_batch: int = option(1, "updates per batch; the clip matters from the second on")
+    micro_batch_tokens: int = option(16384, "padded tokens per forward and backward pass")
+    lr: float = option(1e-6, "learning rate of RL")
+    sft_lr: float = option(1e-5, "learning rate of SFT")
+    sft_steps: int = option(1000, "SFT steps")
+    sft_trajectories: int = option(1600, "how many trajectories the toy world's teacher writes")
+    sft_batch: int = option(64, "trajectories per SFT step")
+    warmup_steps: int = option(10, "linear warm-up, in steps")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    # evaluation
+    eval_rollouts: int = option(4, "rollouts per problem: Pass@1 is their mean, Pass@k any of them")
+    eval_limit: int = option(0, "evaluate on this many problems drawn with the seed (0: all)")
+    eval_every: int = option(20, "RL steps between evaluations (0: only at the end)")
+    eval_temperature: float = option(0.7, "temperature in evaluation")
+    eval_top_p: float = option(0.8, "nucleus in evaluation")
+    eval_top_k: int = option(20, "top-k in evaluation")
+    eval_presence_penalty: float = option(1.5, "presence penalty in evaluation")
+    eval_max_turns: int = option(5, "assistant messages per rollout in evaluation")
+    eval_max_response_tokens: int = option(32768, "response tokens in evaluation")
+    # machine and logs
+    max_rows: int = option(64, "rollouts decoded side by side")
+    tool_threads: int = option(8, "tool calls that run side by side")
+    save_every: int = option(20, "steps between checkpoints")
+    show_every: int = option(20, "steps between decoded groups in rollouts.txt (0: none)")
+    log_with: Literal["none", "tensorboard", "wandb"] = option("none", "also log to this tracker, through accelerate")
+
+    def __post_init__(self):
+        may_be_zero = "seed threads steps sft_steps warmup_steps eval_limit eval_every show_every eval_top_k".split()
+        for name, value in asdict(self).items():
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"--{name} must not be negative, but is {value}")
+            if type(value) is int and value < 1 and name in Config.__annotations__ and name not in may_be_zero:
+                raise ValueError(f"--{name} must be at least 1, not {value}")
+        if not 0 < self.eps_low < 1:
+            raise ValueError(f"--eps_low must lie between 0 and 1, not {self.eps_low}")
+        if not 0 < self.eval_top_p <= 1:
+            raise ValueError(f"--eval_top_p must lie in (0, 1], not {self.eval_top_p}")
+
+
+# ======================================================================================================================
+# 2. The record: one Rollout travels through everything
+# ======================================================================================================================
+@dataclass(frozen=True)
+class Picture:
+    """An image as the model sees it. `start` is the index of its first placeholder token; pixels (patches, D); grid (t,
+    h, w) in patches."""
+
+    start: int
+    pixels: Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool call: its tokens are ids[start:end], from after the opening tag to the closing one or, unclosed, to the
+    turn's end."""
+
+    start: int
+    end: int = 0
+    name: str = ""
+    ok: bool = False
+
+
+@dataclass
+class Rollout:
+    """One trajectory, token by token as the model saw it; never re-tokenised. Per-token lists have the length of
+    `ids`."""
+
+    problem: Problem
+    seed: tuple[int, ...]  # of the sampler; a rollout's tokens depend on nothing else
+    ids: list[int]
+    mask: list[int]  # 1: sampled by the policy; 0: prompt, observation, forced
+    logps: list[float]  # the sampler's own log-prob, 0 where not sampled
+    entropies: list[float]  # exact entropy of the distribution sampled from, in nats
+    pictures: list[Picture]
+    prompt_len: int
+    turn_start: int  # where the current assistant turn begins
+    turns: int = 1
+    calls: list[Call] = field(default_factory=list)
+    parent: Rollout | None = None  # what it was forked from, and
+    parent_len: int = 0  # how much of it was copied
+    stop: str = ""  # "answer", "turns" (limit reached on a call) or "length"
+    response: str = ""  # text of the last turn
+    reward: float | None = None
+
+    @property
+    def used_tool(self) -> bool:
+        return bool(self.calls)
+
+    def fork(self, length: int, seed: tuple[int, ...]) -> Rollout:
+        """A new rollout that shares the first `length` tokens, all of them of the first turn."""
+        return Rollout(
+            self.problem, seed, self.ids[:length], self.mask[:length], self.logps[:length], self.entropies[:length],
+            [p for p in self.pictures if p.start < length], self.prompt_len, self.prompt_len,
+            calls=[Call(c.start) for c in self.calls if c.start <= length], parent=self, parent_len=length,
+        )  # fmt: skip
+
+    def append(self, ids: Sequence[int], mask: int, logp: float = 0.0, entropy: float = 0.0) -> None:
+        self.ids += ids
+        self.mask += [mask] * len(ids)
+        self.logps += [logp] * len(ids)
+        self.entropies += [entropy] * len(ids)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is trained on: the tokens of rollout.ids[start:end] that the policy sampled, all with one advantage."""
+
+    rollout: Rollout
+    start: int
+    end: int
+    advantage: float
+    kind: str = "rollout"  # "rollout", "prefix" or "continuation"
+
+
+@dataclass(frozen=True)
+class Resample:
+    """A selected prefix: where it comes from, and its K continuations."""
+
+    group: int
+    source: int
+    continuations: list[Rollout]
+
+    @property
+    def recovered(self) -> bool:
+        return any(rollout.reward == 1 for rollout in self.continuations)
+
+
+# ======================================================================================================================
+# 3. The method: pure functions on small tensors and lists
+# ======================================================================================================================
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Eq. 1: A_i = (r_i - mean(r)) / std(r), sample std, eps 1e-6. Shape (N,) -> (N,). Exactly 0 where all rewards are
+    equal."""
+    # Paper leaves this open: the deviation is the sample's (ddof 1), as in verl, and equal rewards give an exact 0.
+    if (rewards == rewards[0]).all():
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+
+
+def all_wrong_tool_rollouts(rewards: Sequence[float], used_tool: Sequence[bool]) -> list[int]:
+    """The trigger (section 4.1): indices of a group's tool-using rollouts if there are any and none is right, else
+    []."""
+    users = [i for i, used in enumerate(used_tool) if used]
+    return users if all(rewards[i] != 1 for i in users) else []
+
+
+def select_prefixes(uncertainty: Sequence[Sequence[float]], budget: int) -> list[tuple[int, int]]:
+    """Which prefixes to resample: `budget` pairs (question, candidate), from one list of uncertainties per triggered
+    question. Breadth first: every question's most uncertain candidate comes before any question's second; within a
+    round the most uncertain question comes first; ties go to the lower index."""
+    # Paper leaves this open: within a round the order is that of the uncertainty, over the whole batch.
+    ranked = [sorted(range(len(u)), key=lambda c, u=u: -u[c]) for u in uncertainty]
+    rounds = [
+        (place, -uncertainty[q][candidate], q, candidate)
+        for q, order in enumerate(ranked)
+        for place, candidate in enumerate(order)
+    ]
+    return [(q, candidate) for _, _, q, candidate in sorted(rounds)[: max(budget, 0)]]
+
+
+def prefix_advantage(rewards: Tensor, source: int, recovered: bool) -> float:
+    """Eq. 4: A_pre = (r_pre - mean(r~)) / std(r~); r~ is the group's rewards (N,) with only the source's own replaced
+    by r_pre in {0, 1}."""
+    # Paper leaves this open: another selected source of the same group keeps its own reward here.
+    rewards = rewards.clone()
+    rewards[source] = float(recovered)
+    return group_advantages(rewards)[source].item()
+
+
+def policy_loss(
+    logp: Tensor, logp_old: Tensor, logp_ref: Tensor, advantages: Tensor, mask: Tensor,
+    eps_low: float = 0.2, eps_high: float = 0.4, beta: float = 1e-3,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """Eq. 6, negated: -E_t[min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A) - beta KL_t], the mean over each
+    stream's masked tokens.
+
+    logp, logp_old, logp_ref, mask: (S, T); advantages: (S,). Returns the loss (S,), 0 where the mask is empty, and
+    metrics that are means over all masked tokens: ratio, clip_fraction, kl. KL_t is the k3 estimate exp(d) - d - 1 with
+    d = log pi_ref - log pi."""
+    mask = mask.bool()
+    # What is not trained on may hold anything, even -inf (a placeholder's log-prob): cut it off before it meets a
+    # product.
+    logp, logp_old, logp_ref = (x.masked_fill(~mask, 0.0) for x in (logp, logp_old, logp_ref))
+    ratio = (logp - logp_old).exp()
+    advantages = advantages[:, None]
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
+    d = logp_ref - logp  # Paper leaves this open: the KL is estimated by k3, per token
+    kl = d.exp() - d - 1
+    per_token = (beta * kl - gain).masked_fill(~mask, 0.0)
+    loss = per_token.sum(1) / mask.sum(1).clamp(min=1)
+    clipped = torch.where(advantages > 0, ratio > 1 + eps_high, ratio < 1 - eps_low) & (advantages != 0)
+    count = mask.sum().clamp(min=1)
+    metrics = {"ratio": ratio, "clip_fraction": clipped.float(), "kl": kl}
+    return loss, {name: ((x.detach() * mask).sum() / count).item() for name, x in metrics.items()}
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n rollouts, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k), unbiased; any-of-n at k
+    = n."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def uncertainty(rollout: Rollout, rank: str) -> float:
+    """How uncertain the policy was about its first tool call (section 4.4), over the tokens that a resample would draw
+    anew: their mean entropy; the paper's proxy, one minus their mean probability; or a seeded random number for the
+    ablation."""
+    # Paper leaves this open: the call's tokens are those after the opening tag, which itself belongs to the prefix.
+    if rank == "random":
+        return float(np.random.default_rng((*rollout.seed, 1)).random())
+    tokens = slice(rollout.calls[0].start, rollout.calls[0].end)
+    values = rollout.entropies[tokens] if rank == "entropy" else 1 - np.exp(rollout.logps[tokens])
+    return float(np.mean(values)) if len(values) else 0.0
+
+
+# ======================================================================================================================
+# 4. AXPO: one batch
+# ======================================================================================================================
+def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: int) -> Batch:
+    """Roll out, grade, find the all-wrong tool subgroups, resample from them, credit. Without a trigger it is GRPO."""
+    sampling = Sampling(cfg.temperature, max_turns=cfg.max_turns, max_response_tokens=cfg.max_response_tokens)
+    groups = rollout_groups(policy, problems, cfg.rollouts_per_question, sampling, cfg, (cfg.seed, step))
+    rewards = [torch.tensor([rollout.reward for rollout in group]) for group in groups]
+
+    wrong = [all_wrong_tool_rollouts([r.reward for r in group], [r.used_tool for r in group]) for group in groups]
+    triggered = [q for q, sources in enumerate(wrong) if sources] if cfg.algo == "axpo" else []
+    ranks = [[uncertainty(groups[q][i], cfg.rank) for i in wrong[q]] for q in triggered]
+    budget = int(cfg.resample_ratio * len(problems) * cfg.rollouts_per_question / cfg.resamples_per_prefix)
+    chosen = [(triggered[t], wrong[triggered[t]][c]) for t, c in select_prefixes(ranks, budget)]
+    resamples = resample(policy, groups, chosen, sampling, cfg)
+
+    streams = []
+    for q, group in enumerate(groups):
+        for i, (rollout, advantage) in enumerate(zip(group, group_advantages(rewards[q]).tolist(), strict=True)):
+            if (q, i) not in chosen:
+                streams.append(Stream(rollout, rollout.prompt_len, len(rollout.ids), advantage))
+    for r in resamples:
+        source = groups[r.group][r.source]
+        fork = source.calls[0].start  # from here on the source's own tokens are in no stream
+        credit = prefix_advantage(rewards[r.group], r.source, r.recovered)
+        streams.append(Stream(source, source.prompt_len, fork, credit, "prefix"))
+        credits = group_advantages(torch.tensor([c.reward for c in r.continuations])).tolist()
+        streams += [Stream(c, fork, len(c.ids), a, "continuation") for c, a in zip(r.continuations, credits)]
+    return Batch(groups, resamples, streams)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `axpo_batch` returns: the B groups of N rollouts, the resampled prefixes, and the streams to train on."""
+
+    groups: list[list[Rollout]]
+    resamples: list[Resample]
+    streams: list[Stream]
+
+
+def rollout_groups(policy, problems, count, sampling, cfg, seed) -> list[list[Rollout]]:
+    """`count` graded rollouts of each problem."""
+    groups = []
+    for problem in problems:
+        prompt = policy.prompt(problem)
+        groups.append([prompt.fork(len(prompt.ids), (*seed, zlib.crc32(problem.id.encode()), i)) for i in range(count)])
+    run_and_grade(policy, [rollout for group in groups for rollout in group], sampling, cfg, "rollout")
+    return groups
+
+
+def resample(policy, groups, chosen, sampling, cfg) -> list[Resample]:
+    """K graded continuations of every chosen source (group, index), from its prefix up to and including the first
+    `<tool_call>`. No tool has run before a first call, so a fresh toolbox is the tool state of the prefix."""
+    resamples = []
+    for q, i in chosen:
+        source = groups[q][i]
+        forks = [source.fork(source.calls[0].start, (*source.seed, 2, k)) for k in range(cfg.resamples_per_prefix)]
+        resamples.append(Resample(q, i, forks))
+    run_and_grade(policy, [rollout for r in resamples for rollout in r.continuations], sampling, cfg, "resample")
+    return resamples
+
+
+def run_and_grade(policy, rollouts, sampling, cfg, phase) -> None:
+    """Complete the rollouts and set their rewards. A rollout that a limit cut short is wrong."""
+    began = time.time()
+    Engine(policy, sampling, cfg).run(rollouts)
+    for rollout in rollouts:
+        rollout.reward = grade(rollout.problem, rollout.response) if rollout.stop == "answer" else 0.0
+    policy.seconds[phase] += time.time() - began
+
+
+# ======================================================================================================================
+# 5. Grading
+# ======================================================================================================================
+def extract_answer(response: str) -> str | None:
+    """What stands in the one \\boxed{} of the one <answer> that ends the turn, or None where the turn is not of that
+    form."""
+    _, closed, tail = response.rpartition("</think>")
+    match = re.fullmatch(r"\s*<answer>\s*\\boxed\{([^{}]{1,300})\}\s*</answer>\s*", tail)
+    return match[1].strip() if closed and match else None
+
+
+def grade(problem: Problem, response: str) -> float:
+    """1.0 if the answer in `response` (the text of the last assistant turn) is right, else 0.0."""
+    answer = extract_answer(response)
+    return float(answer is not None and answer.casefold() in {a.casefold() for a in problem.answers})
+
+
+# ======================================================================================================================
+# 6. The policy: problems to ids, ids to log-probs
+# ======================================================================================================================
+# Sampled, these would make up an image that is not there, a turn of the user, or the policy's own observation.
+FORBIDDEN = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>",
+             "<tool_response>", "</tool_response>")  # fmt: skip
+TAGS = ("<tool_call>", "</tool_call>", "</think>", "<|im_end|>")
+
+
+class Policy:
+    """A Qwen3-VL model with its tokenizer and image processor."""
+
+    def __init__(self, model, tokenizer, image_processor):
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        vocabulary = tokenizer.get_vocab()
+        if missing := [t for t in (*FORBIDDEN, *TAGS) if t not in vocabulary]:
+            raise ValueError(f"this model's tokenizer lacks {missing[0]}: it is not one of Qwen3-VL's message format")
+        self.image_id, self.merge = model.config.image_token_id, model.config.vision_config.spatial_merge_size
+        self.call_open, self.call_close, self.think_close, self.end = (vocabulary[t] for t in TAGS)
+        eos = model.generation_config.eos_token_id
+        self.eos = {self.end, *([] if eos is None else eos if isinstance(eos, list) else [eos])}
+        self.bias = torch.zeros(model.config.text_config.vocab_size, device=model.device)
+        self.bias[[vocabulary[t] for t in FORBIDDEN]] = -torch.inf
+        self.bias[max(vocabulary.values()) + 1 :] = -torch.inf  # rows of the embedding that no token has
+        self.control = re.compile("(?=" + "|".join(re.escape(t) for t in tokenizer.get_added_vocab()) + ")")
+        self.frame = lru_cache(self.frame)
+        self.seconds = {"rollout": 0.0, "resample": 0.0}
+
+    def frame(self, images: int) -> tuple[str, str]:
+        """The first prompt before and after the question, from the chat template; it is the only use of the
+        template."""
+        user = [{"type": "image"}] * images + [{"type": "text", "text": "\0"}]
+        messages = [{"role": "system", "content": data.SYSTEM_PROMPT}, {"role": "user", "content": user}]
+        text = self.tokenizer.apply_chat_template(messages, tools=SCHEMAS, tokenize=False, add_generation_prompt=True)
+        head, tail = text.split("\0")
+        return head, tail if tail.rstrip().endswith("<think>") else tail + "<think>\n"
+
+    def encode(self, text: str, literal: bool = False) -> list[int]:
+        """Text to ids. `literal` text (a question, an observation) comes out without a single control token, whatever
+        it spells."""
+        cuts = [0, *(m.start() + 1 for m in self.control.finditer(text)), len(text)] if literal else [0, len(text)]
+        pieces = [text[a:b] for a, b in zip(cuts, cuts[1:])]
+        return [i for piece in pieces for i in self.tokenizer(piece, add_special_tokens=False).input_ids]
+
+    def encode_image(self, image) -> tuple[Tensor, tuple[int, int, int]]:
+        """A PIL image to (pixels (patches, D), grid (t, h, w))."""
+        inputs = self.image_processor(images=[image], return_tensors="pt")
+        return inputs["pixel_values"], tuple(inputs["image_grid_thw"][0].tolist())
+
+    def splice(
+        self, rollout: Rollout, head: str, images: list, text: str, tail: str
+    ) -> tuple[list[int], list[Picture]]:
+        """Ids that continue `rollout`: head, with each image's placeholder widened to its size, then `text` literally,
+        then tail."""
+        ids: list[int] = []
+        pictures = []
+        encoded = iter(images)
+        for token in self.encode(head):
+            if token != self.image_id:
+                ids.append(token)
+                continue
+            pixels, grid = next(encoded)
+            pictures.append(Picture(len(rollout.ids) + len(ids), pixels, grid))
+            ids += [self.image_id] * (math.prod(grid) // self.merge**2)
+        return ids + self.encode(text, literal=True) + self.encode(tail), pictures
+
+    def prompt(self, problem: Problem) -> Rollout:
+        """The question as a rollout with nothing sampled yet."""
+        rollout = Rollout(problem, (), [], [], [], [], [], 0, 0)
+        images = [self.encode_image(data.open_image(ref)) for ref in problem.images]
+        head, tail = self.frame(len(images))
+        ids, rollout.pictures = self.splice(rollout, head, images, data.question_text(problem), tail)
+        rollout.append(ids, mask=0)
+        rollout.prompt_len = rollout.turn_start = len(ids)
+        return rollout
+
+    def observe(self, rollout: Rollout, text: str, images: list, room: int) -> bool:
+        """Append an observation and the head of the next turn. False, and nothing appended, if it takes more than
+        `room` tokens."""
+        vision = "<|vision_start|><|image_pad|><|vision_end|>" * len(images)
+        head = ("" if rollout.ids[-1] == self.end else "<|im_end|>") + "\n<|im_start|>user\n<tool_response>\n" + vision
+        tail = "\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n"
+        ids, pictures = self.splice(rollout, head, images, text, tail)
+        if len(ids) > room:
+            return False
+        rollout.append(ids, mask=0)
+        rollout.pictures += pictures
+        rollout.turns += 1
+        rollout.turn_start = len(rollout.ids)
+        return True
+
+    def positions(
+        self, length: int, pictures: Sequence[Picture], start: int = 0, position: int = 0
+    ) -> tuple[Tensor, int]:
+        """M-RoPE positions (3, length - start) of the tokens from `start` on, the first of which has `position`; and
+        the position that comes next. Text counts up on all three axes; an image of h x w cells holds t still and spans
+        h and w, then counts on from the largest."""
+        parts = []
+        for picture in (p for p in pictures if start <= p.start < length):
+            parts.append(torch.arange(position, position + picture.start - start).expand(3, -1))
+            position += picture.start - start
+            t, h, w = picture.grid[0], picture.grid[1] // self.merge, picture.grid[2] // self.merge
+            parts.append(position + torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T)
+            position, start = position + max(h, w), picture.start + t * h * w
+        parts.append(torch.arange(position, position + length - start).expand(3, -1))
+        return torch.cat(parts, 1), position + length - start
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache, pictures: Sequence[Picture]) -> Tensor:
+        """Hidden states (R, T, D) of ids (R, T) at positions (3, R, T); mask (R or 1, 1, T, keys) is True where a key
+        may be seen."""
+        device = self.bias.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return self.model.model(
+                input_ids=ids.to(device),
+                position_ids=positions.to(device),
+                attention_mask=mask.to(device),
+                past_key_values=cache,
+                pixel_values=torch.cat([p.pixels for p in pictures]).to(device) if pictures else None,
+                image_grid_thw=torch.tensor([p.grid for p in pictures], device=device) if pictures else None,
+                use_cache=False,
+            ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits in float32, -inf for what must not be sampled: (..., D) -> (..., V)."""
+        return self.model.lm_head(hidden.to(self.model.lm_head.weight.dtype)).float() + self.bias
+
+    def save(self, folder: Path) -> None:
+        for part in (self.model, self.tokenizer, self.image_processor):
+            part.save_pretrained(folder)
+
+
+# ======================================================================================================================
+# 7. The rollout loop: batched, multi-turn, token in token out
+# ======================================================================================================================
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, and when a rollout ends."""
+
+    temperature: float  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    max_turns: int = 3
+    max_response_tokens: int = 16384
+
+
+def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row: ids, log-probs and entropies, each (R,). logits (R, V); uniforms (R,) in [0, 1), one draw
+    each; seen (R, V) marks the tokens of the response so far. Log-prob and entropy are those of the whole softmax at
+    the temperature, as the trainer sees it; top-k, top-p and the penalty only narrow the draw."""
+    greedy = sampling.temperature == 0
+    scale = 1.0 if greedy else sampling.temperature
+    logps = F.log_softmax(logits / scale, -1)
+    entropy = torch.special.entr(logps.exp()).sum(-1)
+    logits = (logits - sampling.presence_penalty * seen) / scale
+    if greedy:
+        ids = logits.argmax(-1)
+    else:
+        if 0 < sampling.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
+        probs = logits.softmax(-1)
+        if sampling.top_p < 1:
+            ordered, order = probs.sort(-1, descending=True)
+            ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # what comes after the nucleus is full
+            probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+        cdf = probs.double().cumsum(-1)  # inverted: a row's token depends on its own draw alone
+        ids = torch.searchsorted(cdf, uniforms[:, None].double() * cdf[:, -1:], right=True).squeeze(1)
+    return ids, logps.gather(1, ids[:, None]).squeeze(1), entropy
+
+
+class KVCache:
+    """Keys and values of all rows. Token j of the row in slot s lies at store[layer][:, s, :, j], so rows of any length
+    stand side by side and nothing is ever shifted. The decoder layers call `update` as they would on transformers' own
+    caches."""
+
+    def __init__(self, slots: int, length: int):
+        self.slots, self.length, self.store = slots, length, []
+
+    def at(self, slots: Tensor, starts: Tensor, count: int, width: int) -> KVCache:
+        """Aim the next forward pass: `count` tokens per row, into these slots from these columns on; `width` columns
+        can be seen."""
+        self.rows = slots
+        self.columns = (starts[:, None] + torch.arange(count, device=starts.device)).clamp(max=self.length - 1)
+        contiguous = slots.tolist() == list(range(len(slots)))
+        self.seen = slice(0, len(slots)) if contiguous else slots  # a view where possible, else a copy
+        self.width = width
+        return self
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+        if layer == len(self.store):
+            self.store.append(keys.new_zeros(2, self.slots, keys.shape[1], self.length, keys.shape[3]))
+        store = self.store[layer]
+        store[:, self.rows[:, None], :, self.columns] = torch.stack((keys, values)).permute(1, 3, 0, 2, 4)
+        keys, values = store[:, self.seen, :, : self.width]
+        return keys, values
+
+    def get(self, slot: int, length: int) -> list[Tensor]:
+        return [store[:, slot, :, :length].clone() for store in self.store]
+
+    def put(self, slot: int, saved: list[Tensor]) -> None:
+        for store, kv in zip(self.store, saved, strict=True):
+            store[:, slot, :, : kv.shape[2]] = kv
+
+
+@dataclass
+class Row:
+    """A rollout while it is being decoded. Its slot in the cache is its index in Engine.rows."""
+
+    rollout: Rollout
+    toolbox: Toolbox
+    rng: np.random.Generator
+    thought: bool  # the turn's thinking is closed
+    calling: bool  # a call is open
+    cached: int = 0  # how many of its tokens are in the cache
+    position: int = 0  # M-RoPE position of the next token
+    waiting: Future | None = None  # the tool call under way, and
+    due: int = 0  # the decode step at which it is collected
+    done: bool = False
+
+
+class Engine:
+    """Decodes many rollouts side by side. Siblings share one prefill; a finished row makes room for the next rollout at
+    once; tools run on threads while others decode. A call is collected a fixed number of decode steps after it was
+    made, never when it happens to be done: what is batched together, and so every bit of the result, doesn't depend on
+    how fast a tool was."""
+
+    CALL_STEPS = 8
+    PREFILL_TOKENS = 16384
+
+    def __init__(self, policy: Policy, sampling: Sampling, cfg: Config):
+        self.policy, self.sampling, self.cfg = policy, sampling, cfg
+        self.rows: list[Row] = []
+        self.prefixes: dict[tuple[int, int], tuple] = {}  # (parent, length) -> its cache, next position, logits
+        self.clock = 0
+
+    @torch.no_grad()
+    def run(self, rollouts: Sequence[Rollout]) -> None:
+        """Complete every rollout in place."""
+        if not rollouts:
+            return
+        pending = deque(rollouts)
+        slots, device = min(self.cfg.max_rows, len(rollouts)), self.policy.bias.device
+        # One spare column takes the writes of padding.
+        self.cache = KVCache(slots, max(r.prompt_len for r in rollouts) + self.sampling.max_response_tokens + 1)
+        self.logits = torch.zeros(slots, len(self.policy.bias), device=device)
+        self.seen = torch.zeros(slots, len(self.policy.bias), dtype=torch.bool, device=device)
+        with ThreadPoolExecutor(self.cfg.tool_threads) as self.pool:
+            try:
+                while pending or self.rows:
+                    self.admit(pending)
+                    self.collect()
+                    self.decode()
+                    self.clock += 1
+            finally:
+                for row in self.rows:
+                    row.toolbox.close()
+
+    def admit(self, pending: deque[Rollout]) -> None:
+        """Fill the free slots; what siblings share is computed once and copied."""
+        fresh = []
+        while pending and len(self.rows) < self.cache.slots:
+            r = pending.popleft()
+            in_call = bool(r.calls)  # a continuation begins right behind the opening tag
+            row = Row(r, Toolbox(r.problem.images, self.cfg), np.random.default_rng(r.seed), in_call, in_call)
+            self.seen[len(self.rows)] = False
+            self.seen[len(self.rows), [i for i, m in zip(r.ids, r.mask) if m]] = True
+            self.rows.append(row)
+            fresh.append(row)
+        leaders = {}
+        for row in fresh:
+            if self.key(row.rollout) not in self.prefixes:
+                leaders.setdefault(self.key(row.rollout), row)
+        self.extend(list(leaders.values()))
+        for key, row in leaders.items():
+            slot = self.rows.index(row)
+            self.prefixes[key] = self.cache.get(slot, row.cached), row.position, self.logits[slot].clone()
+        for row in fresh:
+            if row.cached == 0:
+                slot = self.rows.index(row)
+                saved, row.position, self.logits[slot] = self.prefixes[self.key(row.rollout)]
+                self.cache.put(slot, saved)
+                row.cached = len(row.rollout.ids)
+        wanted = {self.key(r) for r in pending}
+        self.prefixes = {key: prefix for key, prefix in self.prefixes.items() if key in wanted}
+
+    @staticmethod
+    def key(rollout: Rollout) -> tuple[int, int]:
+        return id(rollout.parent), rollout.parent_len
+
+    def collect(self) -> None:
+        """Append the observations that are due, or all if nobody has anything else to do."""
+        idle = all(row.waiting for row in self.rows)
+        due = [row for row in self.rows if row.waiting and (idle or row.due <= self.clock)]
+        for row in due:
+            r = row.rollout
+            observation, images = row.waiting.result()
+            r.calls[-1] = replace(r.calls[-1], ok=observation.ok)
+            room = r.prompt_len + self.sampling.max_response_tokens - len(r.ids)
+            row.waiting, row.thought, row.calling = None, False, False
+            row.done = not self.policy.observe(r, observation.text, images, room - 1)
+            r.stop = "length" if row.done else ""
+        self.extend([row for row in due if not row.done])
+        self.release()
+
+    def decode(self) -> None:
+        """One token for every row that doesn't wait for a tool."""
+        if all(row.waiting for row in self.rows):
+            return
+        count, device = len(self.rows), self.logits.device
+        uniforms = torch.tensor([0.0 if row.waiting else row.rng.random() for row in self.rows], device=device)
+        ids, logps, entropies = sample(self.logits[:count], uniforms, self.sampling, self.seen[:count])
+        ready = torch.tensor([slot for slot, row in enumerate(self.rows) if not row.waiting], device=device)
+        self.seen[ready, ids[ready]] = True
+        for row, token, logp, entropy in zip(self.rows, ids.tolist(), logps.tolist(), entropies.tolist(), strict=True):
+            if not row.waiting:
+                row.rollout.append([token], 1, logp, entropy)
+                self.after_token(row, token)
+        self.release()
+        if any(not row.waiting for row in self.rows):
+            self.extend(self.rows)
+
+    def after_token(self, row: Row, token: int) -> None:
+        """What a sampled token means for its rollout: thinking closed, a call opened, the turn over, or nothing."""
+        r, policy = row.rollout, self.policy
+        if token == policy.think_close:
+            row.thought = True
+        elif token == policy.call_open and row.thought and not row.calling:
+            # Paper leaves this open: an opened call counts as one, well-formed or not; a tag in the thinking does not.
+            row.calling = True
+            r.calls.append(Call(len(r.ids)))
+        # Paper leaves this open: a turn holds one call and ends with it; the <|im_end|> behind it is not sampled.
+        over = token in policy.eos or (token == policy.call_close and row.calling)
+        full = len(r.ids) - r.prompt_len >= self.sampling.max_response_tokens
+        if not over and not full:
+            return
+        r.response = policy.tokenizer.decode(r.ids[r.turn_start : -1 if token in policy.eos else None])
+        if row.calling:
+            call = r.calls[-1]
+            text = policy.tokenizer.decode(r.ids[call.start : -1 if over else None])
+            name = re.search(r'"name":\s*"([^"]{1,40})"', text)
+            r.calls[-1] = replace(call, end=len(r.ids), name=name[1] if name else "")
+        if over and row.calling and r.turns < self.sampling.max_turns:
+            row.waiting = self.pool.submit(self.call, row.toolbox, text)
+            row.due = self.clock - self.clock % self.CALL_STEPS + self.CALL_STEPS
+        else:
+            # Paper leaves this open: a call in the last turn is not executed, and ends the rollout as wrong.
+            r.stop = "length" if not over else "turns" if row.calling else "answer"
+            row.done = True
+
+    def call(self, toolbox: Toolbox, text: str) -> tuple[Observation, list]:
+        """Runs on a thread: execute a call and prepare its images for the model."""
+        observation = toolbox.call(text)
+        return observation, [self.policy.encode_image(image) for image in observation.images]
+
+    def release(self) -> None:
+        """Close finished rows; the last row moves into the slot that became free, so that the rows stay side by
+        side."""
+        for slot in reversed(range(len(self.rows))):
+            if self.rows[slot].done:
+                self.pool.submit(self.rows[slot].toolbox.close)
+                last = self.rows.pop()
+                if slot < len(self.rows):
+                    self.rows[slot] = last
+                    self.cache.put(slot, self.cache.get(len(self.rows), last.cached))
+                    self.logits[slot], self.seen[slot] = self.logits[len(self.rows)], self.seen[len(self.rows)]
+
+    def extend(self, rows: list[Row]) -> None:
+        """Bring the cache up to each row's last token; self.logits[slot] then says what comes next. Rows that wait are
+        carried along as they are: a pad token is written where their next one will overwrite it."""
+        chunks = [[] if row.waiting else row.rollout.ids[row.cached :] for row in rows]
+        longest = max((len(chunk) for chunk in chunks), default=0)
+        if len(rows) * longest > self.PREFILL_TOKENS and len(rows) > 1:
+            self.extend(rows[: len(rows) // 2])
+            return self.extend(rows[len(rows) // 2 :])
+        if not longest:
+            return
+        policy, device = self.policy, self.logits.device
+        place = {id(row): slot for slot, row in enumerate(self.rows)}
+        slots = torch.tensor([place[id(row)] for row in rows], device=device)
+        starts = torch.tensor([row.cached for row in rows], device=device)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        positions = torch.zeros(3, len(rows), longest, dtype=torch.long)
+        pictures: list[Picture] = []
+        for i, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
+            if not chunk:
+                continue
+            if len(chunk) == 1:  # a decoded token: not worth the general case below
+                positions[:, i, 0], row.position = row.position, row.position + 1
+            else:
+                pictures += [p for p in row.rollout.pictures if p.start >= row.cached]
+                positions[:, i, : len(chunk)], row.position = policy.positions(
+                    len(row.rollout.ids), row.rollout.pictures, row.cached, row.position
+                )
+            ids[i, : len(chunk)] = torch.tensor(chunk)
+            row.cached = len(row.rollout.ids)
+        width = int(starts.max() + 1) if longest == 1 else max(row.cached for row in rows)
+        queries = starts[:, None] + torch.arange(longest, device=device)
+        mask = (torch.arange(width, device=device) <= queries[:, :, None])[:, None]  # (R, 1, T, width)
+        hidden = policy.forward(ids, positions, mask, self.cache.at(slots, starts, longest, width), pictures)
+        last = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
+        fed = last >= 0
+        self.logits[slots[fed]] = policy.logits(hidden[fed, last[fed]])
+
+
+# ======================================================================================================================
+# 8. Log-probs and the update
+# ======================================================================================================================
+class SharedPrefix:
+    """The cache of a prefix that all rows begin with: computed once, with gradients, and put before every row's own
+    keys. Stands in for a transformers cache during the two forward passes of `stream_logps`."""
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.complete = False
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+        if not self.complete:
+            self.layers.append((keys, values))
+            return keys, values
+        before = (x.expand(len(keys), -1, -1, -1) for x in self.layers[layer])
+        return tuple(torch.cat(pair, 2) for pair in zip(before, (keys, values)))
+
+
+def shared_length(streams: Sequence[Stream]) -> int:
+    """How many leading tokens all streams have in common, images included, short of the one that predicts the first
+    trained token."""
+    rollouts = [s.rollout for s in streams]
+    shared = len(os.path.commonprefix([s.rollout.ids[: s.end] for s in streams]))
+    for pictures in zip(*(r.pictures for r in rollouts)):
+        if any(p.pixels is not pictures[0].pixels for p in pictures):
+            shared = min(shared, *(p.start for p in pictures))
+            break
+    else:  # an image that only some rows have begins where their tokens differ, or behind
+        counts = [len(r.pictures) for r in rollouts]
+        shared = min([shared, *(r.pictures[min(counts)].start for r in rollouts if len(r.pictures) > min(counts))])
+    first = min(next((j for j in range(s.start, s.end) if s.rollout.mask[j]), s.end) for s in streams)
+    return max(0, min(shared, first - 1))
+
+
+def stream_logps(policy: Policy, streams: Sequence[Stream], temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs of the streams' tokens under the policy, and the mask of those that are trained on: both (S, T), T
+    counted from the end of the longest prefix that all streams share. That prefix (prompt, schemas, images) is computed
+    once, not once per stream."""
+    shared = shared_length(streams)
+    device = policy.bias.device
+    lengths = [s.end - shared for s in streams]
+    ids = torch.zeros(len(streams), max(lengths), dtype=torch.long)
+    mask = torch.zeros(len(streams), max(lengths), dtype=torch.bool)
+    positions = torch.zeros(3, len(streams), max(lengths), dtype=torch.long)
+    pictures: list[Picture] = []
+    for i, s in enumerate(streams):
+        ids[i, : lengths[i]] = torch.tensor(s.rollout.ids[shared : s.end])
+        mask[i, s.start - shared : lengths[i]] = torch.tensor(s.rollout.mask[s.start : s.end]).bool()
+        positions[:, i, : lengths[i]] = policy.positions(s.end, s.rollout.pictures)[0][:, shared:]
+        pictures += [p for p in s.rollout.pictures if shared <= p.start < s.end]
+    cache = SharedPrefix()
+    if shared:
+        first = streams[0].rollout
+        before = [p for p in first.pictures if p.start < shared]
+        causal = torch.ones(shared, shared, dtype=torch.bool).tril()[None, None]
+        head = torch.tensor(first.ids[:shared])[None]
+        policy.forward(head, policy.positions(shared, before)[0][:, None], causal, cache, before)
+        cache.complete = True
+    causal = torch.ones(max(lengths), shared + max(lengths), dtype=torch.bool).tril(shared)[None, None]
+    hidden = policy.forward(ids, positions, causal, cache if shared else None, pictures)
+    ids, mask = ids.to(device), mask.to(device)
+    logps = torch.zeros(mask.shape, device=device)
+    logps[:, 1:][mask[:, 1:]] = token_logps(policy, hidden[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]], temperature)
+    return logps, mask
+
+
+def token_logps(policy: Policy, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probs (M,) of the targets (M,), each predicted from its row of hidden (M, D), in chunks: the M x V logits
+    never exist as a whole."""
+
+    def chunk(h: Tensor, t: Tensor) -> Tensor:
+        return F.log_softmax(policy.logits(h) / (temperature or 1.0), -1).gather(1, t[:, None]).squeeze(1)
+
+    parts = zip(hidden.split(2048), targets.split(2048))
+    return torch.cat([torch.utils.checkpoint.checkpoint(chunk, h, t, use_reentrant=False) for h, t in parts])
+
+
+def micro_batches(streams: Sequence[Stream], tokens: int) -> list[list[Stream]]:
+    """Streams in batches of at most `tokens` tokens (or one stream), padding and the shared prefix counted: a
+    question's streams together, to share the prompt, or alike in length, to save padding, whichever leaves less to
+    compute."""
+
+    def cost(batch: list[Stream]) -> int:
+        shared = shared_length(batch)
+        return shared + len(batch) * (max(s.end for s in batch) - shared)
+
+    def pack(order: list[Stream]) -> list[list[Stream]]:
+        batches: list[list[Stream]] = []
+        for s in order:
+            if batches and cost([*batches[-1], s]) <= tokens:
+                batches[-1].append(s)
+            else:
+                batches.append([s])
+        return batches
+
+    by_question = sorted(streams, key=lambda s: (s.rollout.problem.id, s.end))
+    by_length = sorted(streams, key=lambda s: s.end)
+    return min((pack(by_question), pack(by_length)), key=lambda batches: sum(map(cost, batches)))
+
+
+def update(policy: Policy, reference: Policy, optimizer, streams: list[Stream], total: int, cfg: Config) -> dict:
+    """Raise the objective of section 4.6 on one batch. `total` = B * N is the one denominator of all streams, so that
+    neither micro-batches nor their order change the result. pi_old is what the trainer itself computes before its first
+    step. Returns means over tokens."""
+    batches = micro_batches(streams, cfg.micro_batch_tokens)
+    with torch.no_grad():
+        reference_logps = [stream_logps(reference, batch, cfg.temperature)[0] for batch in batches]
+    old_logps: list[Tensor] = []
+    sums: dict[str, float] = {}
+    for epoch in range(cfg.epochs_per_batch):
+        optimizer.zero_grad(set_to_none=True)
+        for i, batch in enumerate(batches):
+            logps, mask = stream_logps(policy, batch, cfg.temperature)
+            if epoch == 0:
+                old_logps.append(logps.detach())
+            advantages = torch.tensor([s.advantage for s in batch], device=logps.device)
+            loss, metrics = policy_loss(
+                logps, old_logps[i], reference_logps[i], advantages, mask, cfg.eps_low, cfg.eps_high, cfg.beta
+            )
+            (loss.sum() / total).backward()  # Paper leaves this open: the mean per stream, their sum over B * N
+            metrics |= {"sampler_gap": sampler_gap(batch, old_logps[i], mask), "tokens": 1.0}
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value * mask.sum().item()
+            sums["loss"] = sums.get("loss", 0.0) + loss.sum().item() / total
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+    tokens = max(sums.pop("tokens"), 1.0)
+    loss = sums.pop("loss") / cfg.epochs_per_batch
+    return {name: value / tokens for name, value in sums.items()} | {"loss": loss, "grad_norm": norm.item()}
+
+
+def sampler_gap(streams: Sequence[Stream], logps: Tensor, mask: Tensor) -> float:
+    """Mean |log-prob of the trainer - log-prob of the sampler|, over the tokens trained on."""
+    sampled = [s.rollout.logps[j] for s in streams for j in range(s.start, s.end) if s.rollout.mask[j]]
+    return (logps[mask].cpu() - torch.tensor(sampled)).abs().mean().item() if sampled else 0.0
+
+
+def set_lr(optimizer, lr: float, step: int, warmup: int, steps: int = 0) -> None:
+    """Linear warm-up, then constant, or falling to 0 at `steps` where that is given. A function of the step: nothing to
+    restore on resume."""
+    scale = min(1.0, (step + 1) / max(warmup, 1)) * (1 - step / steps if steps else 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * scale
+
+
+def draw(count: int, size: int, step: int, seed: int) -> list[int]:
+    """The `size` indices out of `count` that step `step` works on: every epoch a new order, each index once."""
+    size = min(size, count)
+    epoch, place = divmod(step * size, count - count % size)
+    return np.random.default_rng((seed, epoch)).permutation(count)[place : place + size].tolist()
+
+
+# ======================================================================================================================
+# 9. The stages: SFT, RL, evaluation
+# ======================================================================================================================
+def to_rollout(policy: Policy, problem: Problem, turns: Sequence[str | Observation]) -> Rollout:
+    """A trajectory in text (assistant, observation, assistant, ...) as the rollout it would have been, the assistant's
+    tokens masked 1."""
+    rollout = policy.prompt(problem)
+    for turn in turns:
+        if isinstance(turn, Observation):
+            policy.observe(rollout, turn.text, [policy.encode_image(image) for image in turn.images], sys.maxsize)
+        else:
+            ids = policy.encode(turn)
+            rollout.append(ids if ids[-1] == policy.call_close else [*ids, policy.end], mask=1)
+    return rollout
+
+
+def train_sft(policy: Policy, rollouts: Sequence[Rollout], cfg: Config, run: Run) -> None:
+    """Cross-entropy on the assistant's tokens, the mean over all of a step's; prompts and observations are context
+    only."""
+    optimizer = make_optimizer(policy, cfg.sft_lr, cfg)
+    start = run.restore("sft", policy, optimizer)
+    for step in run.progress("SFT", start, cfg.sft_steps):
+        began = time.time()
+        set_lr(optimizer, cfg.sft_lr, step, cfg.warmup_steps, cfg.sft_steps)
+        drawn = [rollouts[i] for i in draw(len(rollouts), cfg.sft_batch, step, cfg.seed)]
+        streams = [Stream(r, r.prompt_len, len(r.ids), 1.0) for r in drawn]
+        total = sum(sum(s.rollout.mask) for s in streams)
+        loss = 0.0
+        optimizer.zero_grad(set_to_none=True)
+        for batch in micro_batches(streams, cfg.micro_batch_tokens):
+            logps, mask = stream_logps(policy, batch, 1.0)
+            part = -logps[mask].sum() / total
+            part.backward()
+            loss += part.item()
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm).item()
+        optimizer.step()
+        run.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "seconds": time.time() - began})
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.sft_steps:
+            run.checkpoint("sft", step + 1, policy, optimizer)
+
+
+def train_rl(policy: Policy, problems: Sequence[Problem], held_out: Sequence[Problem], cfg: Config, run: Run) -> None:
+    """GRPO or AXPO from the given policy, which also stays as the frozen reference of the KL."""
+    reference = Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer, policy.image_processor)
+    optimizer = make_optimizer(policy, cfg.lr, cfg)
+    start = run.restore("rl", policy, optimizer)
+    for step in run.progress(cfg.algo.upper(), start, cfg.steps):
+        began = time.time()
+        policy.seconds = {"rollout": 0.0, "resample": 0.0}
+        drawn = [problems[i] for i in draw(len(problems), cfg.questions_per_step, step, cfg.seed)]
+        batch = axpo_batch(drawn, policy, cfg, step)
+        metrics = {"stage": "rl", "step": step + 1} | batch_metrics(batch)
+        rolled_out = time.time()
+        set_lr(optimizer, cfg.lr, step, cfg.warmup_steps)
+        total = len(batch.groups) * cfg.rollouts_per_question
+        metrics |= update(policy, reference, optimizer, batch.streams, total, cfg)
+        sampled = sum(sum(r.mask[r.parent_len :]) for r in all_rollouts(batch))
+        metrics |= {f"{phase}_seconds": seconds for phase, seconds in policy.seconds.items()}
+        metrics |= {"update_seconds": time.time() - rolled_out, "tokens_per_second": sampled / (rolled_out - began)}
+        if cfg.show_every and step % cfg.show_every == 0:
+            run.show(step + 1, batch, policy)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            metrics |= {f"eval_{k}": v for k, v in evaluate(policy, held_out, cfg)["all"].items()}
+        run.log(metrics)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            run.checkpoint("rl", step + 1, policy, optimizer)
+            run.draw_curves()
+
+
+def make_optimizer(policy: Policy, lr: float, cfg: Config):
+    return torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=cfg.weight_decay)
+
+
+def all_rollouts(batch: Batch) -> list[Rollout]:
+    return [r for group in batch.groups for r in group] + [r for x in batch.resamples for r in x.continuations]
+
+
+def mean(values) -> float:
+    """The mean, or nan of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def batch_metrics(batch: Batch) -> dict[str, float]:
+    """The symptoms of the Thinking-Acting gap, which every step must log (glossary in the README). Shares are of 1;
+    lengths in tokens."""
+    rollouts = [r for group in batch.groups for r in group]
+    users = [[r.reward for r in group if r.used_tool] for group in batch.groups]
+    others = [[r.reward for r in group if not r.used_tool] for group in batch.groups]
+    wrong = {q for q, rewards in enumerate(users) if rewards and not any(rewards)}
+    recovered = {r.group for r in batch.resamples if r.recovered}
+    return {
+        "reward": mean(r.reward for r in rollouts),
+        "tool_use": mean(r.used_tool for r in rollouts),
+        "reward_tool": mean(x for rewards in users for x in rewards),
+        "reward_no_tool": mean(x for rewards in others for x in rewards),
+        "all_wrong": mean(not any(x) for x in users if x),
+        "all_wrong_no_tool": mean(not any(x) for x in others if x),
+        "all_wrong_after": mean(not any(x) and q not in recovered for q, x in enumerate(users) if x),
+        "recovery": len(recovered) / len(wrong) if wrong else math.nan,
+        "prefix_recovery": mean(r.recovered for r in batch.resamples),
+        "prefixes": len(batch.resamples),
+        "same_reward": mean(len({r.reward for r in group}) == 1 for group in batch.groups),
+        "response_length": mean(len(r.ids) - r.prompt_len for r in rollouts),
+        "truncated": mean(r.stop in ("length", "turns") for r in rollouts),
+        "calls_ok": mean(c.ok for r in rollouts for c in r.calls[: r.turns - 1]),
+    }
+
+
+def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config) -> dict[str, dict[str, float]]:
+    """Pass@1, Pass@k and how they came about, over all problems and per data set and tool family."""
+    sampling = Sampling(
+        cfg.eval_temperature,
+        cfg.eval_top_p,
+        cfg.eval_top_k,
+        cfg.eval_presence_penalty,
+        cfg.eval_max_turns,
+        cfg.eval_max_response_tokens,
+    )
+    groups = rollout_groups(policy, problems, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30))
+    parts = {"all": groups}
+    for group in groups:
+        parts.setdefault(f"{group[0].problem.source}/{group[0].problem.category}".strip("/"), []).append(group)
+    return {name: evaluation_metrics(part) for name, part in parts.items()}
+
+
+def evaluation_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """One row of the evaluation's table. Shares are of 1."""
+    rollouts = [r for group in groups for r in group]
+    n = len(groups[0])
+    return {
+        "problems": len(groups),
+        "pass@1": mean(r.reward for r in rollouts),
+        f"pass@{n}": mean(pass_at_k(n, int(sum(r.reward for r in group)), n) for group in groups),
+        "tool_use": mean(r.used_tool for r in rollouts),
+        "right_with_tool": mean(r.reward for r in rollouts if r.used_tool),
+        "right_without": mean(r.reward for r in rollouts if not r.used_tool),
+        "truncated": mean(r.stop in ("length", "turns") for r in rollouts),
+        "response_length": mean(len(r.ids) - r.prompt_len for r in rollouts),
+    }
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """{checkpoint: what evaluate returned} as a Markdown table, the checkpoints of one data set below each other."""
+    counts = ("problems", "response_length")
+    columns = list(dict.fromkeys(c for parts in results.values() for row in parts.values() for c in row))
+    lines = ["| data | checkpoint | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for part in dict.fromkeys(p for parts in results.values() for p in parts):
+        for checkpoint, parts in results.items():
+            cells = [f"{v:.0f}" if c in counts else f"{100 * v:.1f} %" for c, v in parts[part].items()]
+            lines.append(f"| {part} | {checkpoint} | " + " | ".join(cells) + " |")
+    return "\n".join(lines).replace("nan %", "-")
+
+
+# ======================================================================================================================
+# 10. The run's folder: logs, checkpoints, pictures
+# ======================================================================================================================
+class Run:
+    """runs/NAME: config.json, metrics.jsonl, curves.png, rollouts.txt, results.md, the checkpoints sft/ and rl/
+    (Hugging Face format) and, while a stage runs, STAGE.step-N/ with the optimizer beside the model. The same command
+    started again goes on from there."""
+
+    FREE = {"stage", "steps", "sft_steps", "save_every", "show_every", "log_with", "threads", "output_dir", "name"}
+
+    def __init__(self, cfg: Config, accelerator):
+        name = cfg.name or f"{Path(cfg.model).name}-{cfg.algo}"
+        self.cfg, self.accelerator, self.folder = cfg, accelerator, Path(cfg.output_dir) / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            for key, value in asdict(cfg).items():
+                if key not in self.FREE and before.get(key) != value:
+                    was = f"{self.folder} was begun with --{key} {before.get(key)}, not {value}"
+                    raise ValueError(f"{was}: give another --name, or delete the folder")
+        write(path, json.dumps(asdict(cfg), indent=1))
+        self.bar = None
+
+    def final(self, stage: str) -> Path:
+        return self.folder / stage
+
+    def progress(self, title: str, start: int, steps: int):
+        from tqdm import tqdm
+
+        self.bar = tqdm(range(start, steps), title, total=steps, initial=start, dynamic_ncols=True)
+        yield from self.bar
+        self.bar = None
+
+    def log(self, metrics: dict) -> None:
+        """One line to metrics.jsonl, the tracker and, in RL, the screen."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        values = {f"{metrics['stage']}/{k}": v for k, v in metrics.items() if k not in ("stage", "step")}
+        self.accelerator.log(values, step=metrics["step"])
+        if metrics["stage"] == "sft":
+            self.bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+            return
+        m = {k: (v if v == v else 0.0) for k, v in metrics.items() if k != "stage"}
+        parts = [
+            "step {step:4d}", "reward {reward:.2f}", "tool {tool_use:4.0%}", "all-wrong {all_wrong:4.0%}",
+            "recovered {recovery:4.0%} by {prefixes:2d}", "clip {clip_fraction:.1%}", "kl {kl:.4f}",
+            "length {response_length:.0f}", "cut {truncated:.0%}", "{tokens_per_second:.0f} tok/s",
+            "{rollout_seconds:.1f} + {resample_seconds:.1f} + {update_seconds:.1f} s",
+        ]  # fmt: skip
+        parts += ["Pass@1 {eval_pass@1:.1%}"] if "eval_pass@1" in m else []
+        self.bar.write(" | ".join(parts).format_map(m))
+
+    def checkpoint(self, stage: str, step: int, policy: Policy, optimizer) -> None:
+        """Save under a temporary name, rename when complete, then drop the one before: at no moment is there no whole
+        checkpoint."""
+        folder = self.folder / f"{stage}.step-{step:06d}"
+        draft = folder.with_name(folder.name + ".draft")
+        policy.save(draft)
+        torch.save({"step": step, "optimizer": optimizer.state_dict()}, draft / "trainer.pt")
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+        for old in self.folder.glob(f"{stage}.step-*"):
+            if old != folder:
+                shutil.rmtree(old)
+
+    def restore(self, stage: str, policy: Policy, optimizer) -> int:
+        """Load the stage's last checkpoint, if any, and forget what was logged after it. Returns the step to go on
+        with."""
+        kept = sorted(p for p in self.folder.glob(f"{stage}.step-*") if not p.name.endswith(".draft"))
+        step = 0
+        if kept:
+            from safetensors.torch import load_model
+
+            state = torch.load(kept[-1] / "trainer.pt", map_location=policy.bias.device)
+            load_model(policy.model, kept[-1] / "model.safetensors")
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+            print(f"going on with {stage} after step {step}, from {kept[-1]}")
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            rows = [row for row in read_lines(path) if row["stage"] != stage or row["step"] <= step]
+            write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        return step
+
+    def finish(self, stage: str, policy: Policy) -> None:
+        """Keep the stage's model as runs/NAME/STAGE, without the optimizer."""
+        draft = self.folder / f"{stage}.draft"
+        policy.save(draft)
+        draft.rename(self.final(stage))
+        for old in self.folder.glob(f"{stage}.step-*"):
+            shutil.rmtree(old)
+
+    def show(self, step: int, batch: Batch, policy: Policy) -> None:
+        """Append one decoded group to rollouts.txt: the one with a resampled prefix if there is one, as the trainer
+        sees it."""
+        group = batch.resamples[0].group if batch.resamples else 0
+        problem = batch.groups[group][0].problem
+        lines = [f"{'=' * 40} step {step}: {problem.question} [{problem.answers[0]}]"]
+        for s in batch.streams:
+            if s.rollout.problem is problem:
+                lines.append(
+                    f"--- {s.kind}, reward {s.rollout.reward:.0f}, advantage {s.advantage:+.2f} on what stands in [[ ]]"
+                )
+                spans, r = [], s.rollout
+                for j in range(r.prompt_len, len(r.ids)):
+                    on = s.start <= j < s.end and r.mask[j] == 1
+                    if not spans or spans[-1][0] != on:
+                        spans.append((on, []))
+                    spans[-1][1].append(r.ids[j])
+                texts = ((on, policy.tokenizer.decode([i for i in ids if i != policy.image_id])) for on, ids in spans)
+                lines.append("".join(f"[[{text}]]" if on else text for on, text in texts))
+        with open(self.folder / "rollouts.txt", "a") as file:
+            file.write("\n".join(lines) + "\n\n")
+
+    def draw_curves(self) -> None:
+        """curves.png from metrics.jsonl."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        rows = [row for row in read_lines(self.folder / "metrics.jsonl") if row["stage"] == "rl"]
+        panels = {
+            "Tool use (share of rollouts)": ("tool_use",),
+            "All-wrong tool subgroups": ("all_wrong", "all_wrong_after"),
+            "Recovered subgroups": ("recovery",),
+            "Held-out problems": ("eval_pass@1", f"eval_pass@{self.cfg.eval_rollouts}"),
+        }
+        figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+        for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
+            for name in names:
+                points = [(row["step"], row[name]) for row in rows if not math.isnan(row.get(name, math.nan))]
+                if points:
+                    steps, values = zip(*points)
+                    if name.startswith("eval"):
+                        axis.plot(steps, values, marker="o", label=name.removeprefix("eval_"))
+                    else:
+                        window = max(1, len(values) // 20)
+                        axis.plot(steps, values, color="0.85", linewidth=0.8)
+                        smooth = [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+                        axis.plot(steps, smooth, label=name)
+            axis.set(title=title, ylim=(-0.02, 1.02))
+            if axis.lines:
+                axis.legend(loc="best", frameon=False)
+        for axis in axes[1]:
+            axis.set_xlabel("RL step")
+        figure.suptitle(f"{self.folder.name}: {self.cfg.algo}")
+        figure.savefig(self.folder / "curves.draft.png", dpi=110)
+        plt.close(figure)
+        os.replace(self.folder / "curves.draft.png", self.folder / "curves.png")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a JSONL file; a last line that a kill cut short is left out."""
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file whole, or not at all."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+# ======================================================================================================================
+# 11. Main
+# ======================================================================================================================
+def load_policy(name: str, device) -> Policy:
+    """The toy model, or a checkpoint from a folder or the Hub, in float32 (bf16 arithmetic on CUDA)."""
+    if name == "toy":
+        model, tokenizer, image_processor = data.toy_model()
+    else:
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load --model {name}: {str(error).splitlines()[0]}") from error
+        if model.config.model_type != "qwen3_vl":
+            raise ValueError(f"--model {name} is a {model.config.model_type}, not a Qwen3-VL model")
+    return Policy(model.to(device).eval(), tokenizer, image_processor)
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Command line to Config; where the data is the toy world, its recipe replaces the defaults."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
+    parser.error = lambda message: sys.exit(f"axpo.py: {message} (--help explains every option)")
+    if "-h" not in arguments and "--help" not in arguments:
+        first = parser.parse_known_args(arguments)[0]
+        if first.data == "toy":
+            parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
+    try:
+        return parser.parse_args_into_dataclasses(arguments)[0]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(cfg: Config) -> None:
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(log_with=None if cfg.log_with == "none" else cfg.log_with, project_dir=cfg.output_dir)
+    if accelerator.num_processes > 1:
+        raise ValueError("axpo.py runs on one process for now: start it without --nproc_per_node")
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(cfg.threads or os.cpu_count())
+    set_seed(cfg.seed)
+    run = Run(cfg, accelerator)
+    print(f"{start_tools(cfg)}\nrun: {run.folder}")
+    if cfg.log_with != "none":
+        accelerator.init_trackers("axpo", config=asdict(cfg))
+    held_out = data.load(cfg.eval_data or f"{cfg.data}-test", cfg.eval_limit or None, cfg.seed)
+    results = {}
+
+    def assess(policy: Policy, checkpoint: str) -> None:
+        path = run.folder / f"results.{checkpoint}.json"
+        if not path.exists():
+            write(path, json.dumps(evaluate(policy, held_out, cfg)))
+        results[checkpoint] = json.loads(path.read_text())
+
+    policy = load_policy(cfg.model, accelerator.device)
+    if cfg.stage in ("all", "sft"):
+        if not run.final("sft").exists():
+            trajectories = data.trajectories(cfg.data, cfg.sft_trajectories, cfg)
+            rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
+            train_sft(policy, rollouts, cfg, run)
+            run.finish("sft", policy)
+        policy = load_policy(str(run.final("sft")), accelerator.device)
+    if cfg.stage != "rl":
+        assess(policy, "start" if cfg.stage == "eval" else "sft")
+    if cfg.stage in ("all", "rl"):
+        if not run.final("rl").exists():
+            train_rl(policy, data.load(cfg.data, None, cfg.seed), held_out, cfg, run)
+            run.finish("rl", policy)
+        policy = load_policy(str(run.final("rl")), accelerator.device)
+        assess(policy, cfg.algo)
+    text = table(results)
+    write(run.folder / "results.md", text + "\n")
+    print(text)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"axpo.py: {error}")
