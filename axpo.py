@@ -48,9 +48,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-# Read when torch is loaded: on a CPU, threads that wait for work must sleep, not spin, or the tools' processes starve.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -82,7 +79,7 @@ class Config(ToolConfig):
     output_dir: str = option("runs", "runs are kept in OUTPUT_DIR/NAME")
     name: str = option("", "name of the run (default: made of model and algorithm); the same command again resumes it")
     seed: int = option(0, "seed of everything random")
-    threads: int = option(0, "CPU threads of torch (0: all cores; torchrun alone would give one)")
+    threads: int = option(0, "CPU threads of torch (0: all cores)")
     # the method
     algo: Literal["axpo", "grpo"] = option("axpo", "grpo leaves out the resampling and is the baseline")
     rank: Literal["entropy", "confidence", "random"] = option(
@@ -128,7 +125,8 @@ class Config(ToolConfig):
     log_with: Literal["none", "tensorboard", "wandb"] = option("none", "also log to this tracker, through accelerate")
 
     def __post_init__(self):
-        may_be_zero = "seed threads steps sft_steps warmup_steps eval_limit eval_every show_every eval_top_k".split()
+        may_be_zero = {"seed", "threads", "steps", "sft_steps", "warmup_steps", "eval_limit", "eval_every", "show_every",
+                       "eval_top_k"}  # fmt: skip
         for name, value in asdict(self).items():
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"--{name} must not be negative, but is {value}")

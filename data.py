@@ -329,9 +329,10 @@ def toy_recipe(folder: Path) -> dict:
     """Defaults of Config where the data is the toy world: sizes and rates for half a million weights on two cores."""
     return {
         "search_corpus": str(toy_corpus(folder / "toy_corpus.jsonl")),
-        "questions_per_step": 16, "steps": 150, "lr": 4e-4, "sft_steps": 400, "sft_lr": 2e-3, "sft_batch": 64,
-        "micro_batch_tokens": 3072, "max_rows": 128, "max_response_tokens": 192, "save_every": 25,
-        "eval_every": 25, "eval_max_response_tokens": 192, "eval_max_turns": 3, "eval_temperature": 1.0,
+        "threads": 1, "questions_per_step": 16, "steps": 130, "lr": 4e-4,
+        "sft_steps": 400, "sft_lr": 2e-3, "sft_batch": 64,
+        "micro_batch_tokens": 4096, "max_rows": 128, "max_response_tokens": 144, "save_every": 26,
+        "eval_every": 26, "eval_max_response_tokens": 144, "eval_max_turns": 3, "eval_temperature": 1.0,
         "eval_top_p": 1.0, "eval_top_k": 0, "eval_presence_penalty": 0.0,
     }  # fmt: skip
 
@@ -345,7 +346,7 @@ def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
     if name == "toy":
         return toy_problems("train", 480)[:limit]
     if name == "toy-test":
-        return toy_problems("test", 96)[:limit]
+        return toy_problems("test", 192)[:limit]
     raise ValueError(f"unknown data set {name}: known are toy, toy-test")
 
 

@@ -1,13 +1,22 @@
 """What the project claims, as tests: run `pytest`. Names are claims; numbers are worked by hand; nothing is copied from the code under test."""
 
+import contextlib
+import copy
+import http.server
+import io
 import json
 import math
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +27,9 @@ from PIL import Image
 
 import axpo
 import data
+import tools
 from axpo import Sampling, Stream
-from tools import Toolbox
+from tools import Toolbox, ToolConfig, ToolError
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
@@ -336,6 +346,7 @@ def test_a_long_observation_fits_beside_a_row_that_is_near_its_limit(monkeypatch
         (0,): script_of(policy, call % ("", data.toy_call(search.problem, 0)), "y"),
         (1,): script_of(policy, short, "y"),
     }
+    rollouts = []
     for limit in (150, None):
         limit = limit or max(len(r.ids) - r.prompt_len for r in rollouts) + 1  # what they need, and little more
         rollouts = [search.fork(len(search.ids), (0,)), zoom.fork(len(zoom.ids), (1,))]
@@ -499,8 +510,6 @@ def test_uncertainty_is_over_the_tokens_that_a_resample_would_draw_anew(tooled, 
 
 
 def fresh(policy):
-    import copy
-
     return axpo.Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.image_processor)
 
 
@@ -596,6 +605,597 @@ def test_teacher_is_right_and_calls_a_tool_in_about_a_quarter(trajectories, cfg)
     assert all(axpo.grade(problem, turns[-1]) == 1.0 for problem, turns in kept)
     assert 0.15 < np.mean([len(turns) > 1 for _, turns in kept]) < 0.40
     assert all(sum(r.mask) > 0 for r in trajectories)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tools: what model-written Python cannot do, what every call returns, how zoom and search answer
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tool_config():
+    # A fixed cache: a list of fonts is built once per machine and not once per run.
+    return ToolConfig(tool_cache=f"{tempfile.gettempdir()}/axpo-test-cache-{os.getuid()}")
+
+
+def tool_call(toolbox, name="python", **arguments):
+    return toolbox.call(json.dumps({"name": name, "arguments": arguments}))
+
+
+def tool_alive(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+# fmt: off
+# Each tries to do one thing and prints ESCAPED when it has done it. The middle column names the locks without which it
+# does escape, so that the test can fail; it is empty where this would be unsafe or not every machine has the thing.
+PRELUDE = """
+import ctypes, fcntl, mmap, os, resource, signal, socket, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def ok(result):
+    if result is not None and result is not False and result != -1:
+        print("ESCAPED")
+def raw(x86, arm, *arguments):
+    return libc.syscall(ctypes.c_long(x86 if os.uname().machine == "x86_64" else arm), *arguments)
+"""
+INT80 = """
+code = mmap.mmap(-1, 4096, prot=7)
+code.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")  # mov eax, getpid; int 0x80; ret
+if os.uname().machine == "x86_64":
+    ok(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))())
+"""
+ATTACKS = {
+    "fork": ("seccomp", "os.fork() or os._exit(0); ok(1)"),
+    "clone": ("seccomp", "raw(56, 220, 17, 0, 0, 0, 0) or os._exit(0); ok(os.wait())"),
+    "clone3": ("", "ok(raw(435, 435, (ctypes.c_char * 64)(), 64))"),
+    "exec": ("seccomp landlock", "os.execv('/bin/echo', ['echo', 'ESC' 'APED'])"),
+    "daemon": ("seccomp", "ok(os.setsid() if os.fork() == 0 else 1)"),
+    "kill a session": ("seccomp landlock", "ok(os.kill(VICTIM, 0) or 1)"),
+    "kill the zygote": ("seccomp landlock", "ok(os.kill(ZYGOTE, 0) or 1)"),
+    "kill the trainer": ("seccomp landlock", "ok(os.kill(TRAINER, 0) or 1)"),
+    "kill everybody": ("", "ok(os.kill(-1, 0) or 1)"),
+    "tgkill": ("seccomp landlock", "ok(raw(234, 131, VICTIM, VICTIM, 0))"),
+    "sigqueue": ("seccomp landlock", "ok(libc.sigqueue(VICTIM, 0, None))"),
+    "pidfd": ("seccomp", "ok(os.pidfd_open(VICTIM))"),
+    "SIGIO": ("seccomp", "fcntl.fcntl(3, fcntl.F_SETOWN, VICTIM); ok(1)"),
+    "SIGIO by ioctl": ("seccomp", "fcntl.ioctl(3, 0x8901, struct.pack('i', VICTIM)); ok(1)"),
+    "parent-death": ("seccomp", "ok(libc.prctl(1, 0))"),
+    "push terminal input": ("", "ok(fcntl.ioctl(0, 0x5412, b'x'))"),
+    "ptrace": ("", "ok(libc.ptrace(16, VICTIM, 0, 0))"),
+    "ptrace by child": ("seccomp", "ok(libc.ptrace(0, 0, 0, 0))"),
+    "read memory": ("", "b = struct.pack('PL', id(libc), 8); ok(raw(310, 270, VICTIM, b, 1, b, 1, 0))"),
+    "prlimit of a session": ("seccomp", "ok(resource.prlimit(VICTIM, resource.RLIMIT_NOFILE))"),
+    "prlimit of the trainer": ("", "resource.prlimit(TRAINER, resource.RLIMIT_NOFILE, (9, 9)); ok(1)"),
+    "raise a limit": ("rlimits capabilities", "resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40)); ok(1)"),
+    "renice": ("seccomp", "os.setpriority(os.PRIO_PROCESS, VICTIM, 19); ok(1)"),
+    "memory": ("rlimits", "import numpy; ok(len(numpy.empty(3 << 30, 'u1')))"),
+    "memory files": ("seccomp", "ok(os.memfd_create('x'))"),
+    "shared segments": ("seccomp", "ok(libc.shmget(0, 1 << 20, 0o1600))"),
+    "locked memory": ("rlimits capabilities", "ok(libc.mlock(ctypes.create_string_buffer(1 << 20), 1 << 20))"),
+    "descriptors": ("rlimits", "ok(len([os.dup(0) for _ in range(500)]))"),
+    "pipes": ("rlimits", "ok(len([os.pipe() for _ in range(200)]))"),
+    "a big file": ("rlimits", "f = open('x', 'wb'); f.truncate(1 << 27); ok(1)"),
+    "environment": ("landlock capabilities", "ok(open('/proc/TRAINER/environ', 'rb').read())"),
+    "own environment": ("", "ok('hunter2' in str(os.environ) or None)"),
+    "trainer's memory": ("landlock capabilities", "ok(open('/proc/TRAINER/mem', 'rb'))"),
+    "trainer's files": ("landlock", "ok(os.listdir('/proc/TRAINER/fd'))"),
+    "list processes": ("landlock", "ok(os.listdir('/proc'))"),
+    "own /proc": ("landlock", "ok(open('/proc/self/maps').read())"),
+    "another's scratch": ("landlock", "ok(open('OTHER/work/mine').read())"),
+    "write to another": ("landlock", "ok(open('OTHER/work/new', 'w'))"),
+    "read": ("landlock", "ok(open('SECRET').read())"),
+    "read /etc/passwd": ("landlock", "ok(open('/etc/passwd').read())"),
+    "leave": ("landlock", "os.chdir('HOME'); ok(open('secret').read())"),
+    "read by a link": ("landlock", "os.symlink('SECRET', 'l'); ok(open('l').read())"),
+    "read by a hard link": ("landlock", "os.link('SECRET', 'OTHER/work/h'); ok(1)"),
+    "write": ("landlock", "ok(open('HOME/new', 'w'))"),
+    "write beside": ("landlock", "ok(open('../new', 'w'))"),
+    "write by a link": ("landlock", "os.symlink('HOME/new2', 'l'); ok(open('l', 'w'))"),
+    "truncate": ("seccomp landlock", "os.truncate('SECRET', 700); ok(1)"),
+    "truncate on opening": ("seccomp landlock", "ok(os.open('HOME/spare', os.O_RDONLY | os.O_TRUNC | os.O_CREAT))"),
+    "rename out": ("landlock", "open('x', 'w'); os.rename('x', 'OTHER/work/x'); ok(1)"),
+    "make a node": ("seccomp landlock", "os.mkfifo('fifo'); ok(1)"),
+    "change a mode": ("seccomp", "os.chmod('SECRET', 0o750); ok(os.stat('SECRET').st_mode & 0o777 == 0o750 or None)"),
+    "change an owner": ("seccomp", "os.chown('SECRET', os.getuid(), -1); ok(1)"),
+    "devices": ("landlock", "ok(open('/dev/full', 'rb'))"),
+    "GPU": ("", "ok(open(next(p for p in ('/dev/nvidiactl', '/dev/dri/card0', '/dev/mem') if os.path.exists(p))))"),
+    "inet": ("seccomp", "ok(socket.socket())"),
+    "unix": ("seccomp", "ok(socket.socket(socket.AF_UNIX))"),
+    "netlink": ("seccomp", "ok(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW))"),
+    "vsock": ("", "ok(socket.socket(socket.AF_VSOCK))"),
+    "names": ("", "ok(socket.gethostbyname('example.org'))"),
+    "send descriptors": ("seccomp", "s = socket.socket(fileno=3); ok(s.getsockopt(1, 17)); s.detach()"),
+    "io_uring": ("", "ok(raw(425, 425, 8, (ctypes.c_char * 120)()))"),
+    "x32": ("", "ok(raw(0x40000000 + 57, 0x40000000, 0)) if os.uname().machine == 'x86_64' else None"),
+    "32-bit": ("", INT80),
+    "namespaces": ("", "ok(libc.unshare(0x10000000))"),
+    "chroot": ("", "os.chroot('.'); ok(1)"),
+    "mount": ("", "ok(libc.mount(b'none', b'.', b'tmpfs', 0, None))"),
+    "bpf": ("", "ok(raw(321, 280, 0, (ctypes.c_char * 120)(), 120))"),
+    "perf": ("", "ok(raw(298, 241, (ctypes.c_char * 120)(), 0, -1, -1, 0))"),
+    "keys": ("seccomp", "ok(raw(250, 219, 0, -3, 1))"),
+    "loosen the filter": ("", "ok(libc.prctl(22, 0, 0, 0, 0))"),
+    "regain root": ("capabilities",
+                    "ok(raw(126, 91, struct.pack('Ii', 0x20080522, 0), struct.pack('6I', 1, 1, 0, 0, 0, 0)))"),
+}
+# What goes wrong inside a session is an observation, after which the toolbox works as before. Where the state is kept
+# and where it is lost is said, and is so.
+FORGED = """
+import json, os, sys, time
+reply = {"id": sys._getframe(1).f_locals["request"]["id"], "ok": True, "timeout": False, "dropped": 0, "text": 0}
+os.write(3, json.dumps(reply | {"sizes": SIZES}).encode())
+time.sleep(9)
+"""
+ODDITIES = {
+    "endless loop": ("while True: pass", "Timeout: stopped after 1 s"),
+    "sleep": ("import time; time.sleep(99)", "Timeout: stopped after 1 s"),
+    "swallowed": ("import time\nwhile True:\n  try: time.sleep(9)\n  except BaseException: pass", "killed after 1 s"),
+    "endless C code": ("sum(range(10**15))", "Timeout: killed after 1 s"),
+    "signals masked": ("import signal; signal.pthread_sigmask(0, range(1, 65))\nwhile True: pass", "killed after 1 s"),
+    "alarm taken": ("import signal; signal.setitimer(0, 0)\nwhile True: pass", "killed after 1 s"),
+    "stopped by itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "killed after 1 s"),
+    "os._exit": ("import os; os._exit(0)", "died. The session was restarted: its variables are lost."),
+    "segmentation fault": ("import ctypes; ctypes.string_at(0)", "died"),
+    "sys.exit": ("import sys; print('bye'); sys.exit(3)", "bye"),
+    "deep recursion": ("def f(): f()\nf()", "RecursionError"),
+    "deep C recursion": ("x = []\nfor _ in range(10**6): x = [x]\nrepr(x)", "RecursionError"),
+    "input": ("input()", "EOFError"),
+    "traceback": ("def f():\n  return 1 / 0\nf()", "line 2, in f\n    return 1 / 0\nZeroDivisionError"),
+    "syntax error": ("x = = 1", "SyntaxError"),
+    "not UTF-8": ("import os; os.write(1, b'a\\xff\\xfeb'); 1", "a\ufffd\ufffdb1"),
+    "a megabyte of code": ("'" + "\U0001F600" * 29000 + "'; 7", "7"),
+    "both streams in order": ("import sys\nprint(1); print(2, file=sys.stderr); print(3)", "1\n2\n3"),
+    "descriptors closed": ("import os; os.closerange(0, 99)", "died"),
+    "forged builtins": ("import builtins; builtins.repr = builtins.sum = builtins.sorted = None", "(no output)"),
+    "json patched": ("import json; json.dumps = None", "died"),
+    "forged reply": ("import os; os.write(3, b'{}')", "died"),
+    "forged bytes": ("import os; os.write(3, b'\\xff' * 9999)", "died"),
+    "a pickle": ("import os, pickle; os.write(3, pickle.dumps(print))", "died"),
+    "forged images": (FORGED.replace("SIZES", "[[1280, 1280]]"), "died"),
+    "gigantic forged images": (FORGED.replace("SIZES", "[[10**6, 10**6]]"), "died"),
+    "huge text": ("print('x' * 10**7); print('end')", "Output truncated"),
+    "output beyond the limit": ("while True: print('x' * 10**6)", "Output truncated"),
+    "many figures": ("import matplotlib.pyplot as plt\nfor i in range(300): plt.figure(); plt.show() if i % 2 else 0",
+                     "296 more images were left out"),
+    "gigantic figure": ("import matplotlib.pyplot as plt; plt.figure(figsize=(10**4, 10**4)); plt.show()", "Error"),
+    "gigantic image": ("from PIL import Image; Image.new('RGB', (30000, 30000)).show()", "MemoryError"),
+    "memory bomb": ("x = []\nwhile True: x.append(bytearray(10**8))", "MemoryError"),
+    "thread bomb": ("from threading import *\nfor _ in range(99): Timer(9, print).start()", "too many threads"),
+    "folder bomb": ("import os\nfor i in range(1200): os.mkdir('d'); os.chdir('d')", "too many"),
+    "file bomb": ("for i in range(3000): open(f'{i}', 'w')", "too many"),
+    "disk bomb": ("for i in range(10): open(f'{i}', 'wb').write(bytes(6 * 10**7))", "too many"),
+    "torch": ("import torch; torch.zeros(1).cuda()", "Error"),
+}
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def tool_victims(tool_config, tmp_path_factory):
+    """What the attacks are aimed at: a session of another rollout, and a file and a variable of the trainer."""
+    os.environ["AXPO_SECRET"] = "hunter2"
+    secret = tmp_path_factory.mktemp("trainer") / "secret"
+    secret.write_text("hunter2" * 100)
+    (secret.parent / "spare").write_text("hunter2")
+    with Toolbox([], tool_config) as other:
+        tool_call(other, code="open('mine', 'w').write('hunter2')")
+        names = {"SECRET": secret, "HOME": secret.parent, "OTHER": other._session.folder, "TRAINER": os.getpid()}
+        yield names | {"VICTIM": other._session.pid, "ZYGOTE": tools._zygotes[os.getpid()].process.pid, "other": other}
+
+
+def tool_escapes(name, victims, config):
+    code = PRELUDE + ATTACKS[name][1]
+    for word, value in victims.items():
+        code = re.sub(rf"\b{word}\b", str(value), code)
+    with Toolbox([], config) as toolbox:
+        return "ESCAPED" in tool_call(toolbox, code=code).text
+
+
+def test_sandbox_holds_against_every_attack(tool_victims, tool_config):
+    assert [name for name in ATTACKS if tool_escapes(name, tool_victims, tool_config)] == []
+    assert tool_call(tool_victims["other"], code="open('mine').read()").text == "'hunter2'"
+    assert os.listdir(tool_victims["OTHER"]) == ["work"]
+    assert sorted(os.listdir(tool_victims["HOME"])) == ["secret", "spare"]
+    assert tool_victims["SECRET"].read_text() == "hunter2" * 100
+
+
+def test_sandbox_attacks_work_without_their_locks(tool_victims, tool_config, monkeypatch):
+    held, every = [], list(tools.LOCKS)
+    for name, (locks, _) in ATTACKS.items():
+        monkeypatch.setattr(tools, "LOCKS", [lock for lock in every if lock not in locks.split()])
+        if locks and not (name == "regain root" and os.getuid()) and not tool_escapes(name, tool_victims, tool_config):
+            held.append(name)
+    assert held == []
+
+
+def test_tool_oddities_are_observations(tool_config, monkeypatch):
+    monkeypatch.setattr(tools, "_GRACE", 0.6)
+
+    def wrong(name):
+        code, expected = ODDITIES[name]
+        with Toolbox([], replace(tool_config, python_memory_mb=768 if name == "memory bomb" else 2048)) as toolbox:
+            tool_call(toolbox, code="kept = 1")
+            seen = tool_call(toolbox, code=code, timeout=1 if "1 s" in expected else 12)
+            fine = expected in seen.text and len(seen.text) <= tool_config.observation_chars and len(seen.images) <= 4
+            after = tool_call(toolbox, code="print('kept' in globals())").text
+        return None if fine and after == str("lost" not in seen.text) else (name, seen.text[-300:], after)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(filter(None, pool.map(wrong, ODDITIES))) == []
+
+
+def test_tool_state_images_and_figures_of_a_rollout(tool_config):
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(picture, "PNG")
+    with Toolbox([picture.getvalue(), Image.new("L", (50, 60))], tool_config) as toolbox:
+        assert toolbox._session is None
+        assert tool_call(toolbox, code="x = 6").text == "(no output)"
+        assert tool_call(toolbox, code="x * 7").text == "42"
+        seen = tool_call(toolbox, code="[i.size for i in _pil_images], [open(p, 'rb').read(2) for p in _images]")
+        assert seen.text == r"([(40, 30), (50, 60)], [b'\x89P', b'BM'])"
+        figure = (
+            "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()\n_pil_images[0].crop((0, 0, 9, 90)).show()"
+        )
+        seen = tool_call(toolbox, code=figure)
+        assert seen.text == "Image 2: shown by the code.\nImage 3: shown by the code."
+        assert [image.size for image in seen.images] == [(640, 480), (32, 90)]
+        seen = tool_call(toolbox, "image_zoom_in", bbox_2d=[0, 0, 500, 500], label="", img_idx=2)
+        assert seen.text.startswith("Image 4")
+        assert tool_call(toolbox, code="len(_images), _pil_images[4].size").text == "(5, (591, 443))"
+        assert "Permission denied" in tool_call(toolbox, code="open(_images[0], 'w')").text
+        assert tool_call(toolbox, code="_pil_images[0]").images[0].getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_tool_python_left_running_stands_still_between_calls(tool_config):
+    code = "import threading\nn = 0\ndef f():\n  global n\n  while True: n += 1\nthreading.Thread(target=f).start()"
+    with Toolbox([], tool_config) as toolbox:
+        tool_call(toolbox, code=code)
+        stat = Path(f"/proc/{toolbox._session.pid}/stat")
+        time.sleep(0.1)
+        before = stat.read_text()
+        time.sleep(0.4)
+        assert stat.read_text() == before and " T " in before
+
+
+def test_sandbox_allows_files_of_its_own_and_has_its_own_chance(tool_config):
+    code = """import numpy, os, random, shutil, tempfile
+f = tempfile.NamedTemporaryFile('w'); f.write('hi'); f.flush()
+os.makedirs('a/b'); shutil.copy2(f.name, 'a/b/c'); os.rename('a/b/c', 'd'); shutil.rmtree('a')
+m = numpy.memmap('m', mode='w+', shape=9); m[3] = 1; m.flush()
+print(open('d').read(), sum(m), random.random(), numpy.random.rand())"""
+    with Toolbox([], tool_config) as one, Toolbox([], tool_config) as two:
+        seen = [tool_call(toolbox, code=code).text.split() for toolbox in (one, two)]
+        assert seen[0][:2] == seen[1][:2] == ["hi", "1"] and not set(seen[0][2:]) & set(seen[1][2:])
+
+
+def test_sandbox_leaves_nothing_after_close_however_deep_and_closed(tool_config):
+    nested = "import os\nfor _ in range(900):\n  os.mkdir('d' * 9); os.chdir('d' * 9)"
+    closed = "import os; os.mkdir('closed', 0); os.symlink('/', 'l'); os.mkdir('d'); open('d/x', 'w')"
+    for code in (nested, closed):
+        with Toolbox([], tool_config) as toolbox:
+            tool_call(toolbox, code="1")
+            session = toolbox._session
+            tool_call(toolbox, code=code)
+            toolbox.close()
+        assert not os.path.exists(session.folder) and not tool_alive(session.pid)
+
+
+def test_tool_python_comes_back_after_its_zygote_was_killed(tool_config):
+    with Toolbox([], tool_config) as toolbox:
+        tool_call(toolbox, code="x = 1")
+        zygote = tools._zygotes[os.getpid()]
+        zygote.process.kill()
+        zygote.process.wait()
+        assert "died" in tool_call(toolbox, code="x").text
+        assert tool_call(toolbox, code="6 * 7").text == "42" and not os.path.exists(zygote.base)
+
+
+TRAINER = """
+import json, os, sys, threading, time
+import tools
+call = lambda t, code: t.call(json.dumps({"name": "python", "arguments": {"code": code}}))
+toolboxes = [tools.Toolbox([], tools.ToolConfig(tool_cache=sys.argv[1])) for _ in range(4)]
+for toolbox in toolboxes:
+    call(toolbox, "open('x', 'w')")
+threading.Thread(target=call, args=(toolboxes[0], "while True: pass"), daemon=True).start()
+call(toolboxes[1], "import threading, time; threading.Thread(target=time.sleep, args=(99,)).start()")
+if os.fork() == 0:  # like a data loader's worker, it holds every descriptor of the trainer and outlives it
+    time.sleep(6)
+    os._exit(0)
+zygote = tools._zygotes[os.getpid()]
+print(json.dumps([zygote.base, zygote.process.pid] + [t._session.pid for t in toolboxes]), flush=True)
+time.sleep(30)
+"""
+
+
+def test_sandbox_leaves_nothing_two_seconds_after_the_trainer_was_killed(tool_config):
+    def left(number):
+        command = [sys.executable, "-c", TRAINER, tool_config.tool_cache]
+        folder = Path(tools.__file__).parent
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder) as trainer:
+            base, *pids = json.loads(trainer.stdout.readline())
+            assert all(tool_alive(pid) for pid in pids) and os.path.exists(base)
+            trainer.send_signal(number)
+            trainer.wait()
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline and (any(map(tool_alive, pids)) or os.path.exists(base)):
+                time.sleep(0.05)
+            return [pid for pid in pids if tool_alive(pid)] + ([base] if os.path.exists(base) else [])
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(left, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])) == [[], [], []]
+
+
+def test_tool_python_keeps_64_sessions_apart_and_no_deadline_measures_the_queue(tool_config):
+    toolboxes = [Toolbox([], tool_config) for _ in range(64)]
+
+    def rollout(number):
+        codes = [f"x = {number}; x", *["x += 1; x"] * 4, "import time; time.sleep(0.1)"]
+        return [tool_call(toolboxes[number], code=code, timeout=1).text for code in codes]
+
+    with ThreadPoolExecutor(64) as pool:
+        seen = list(pool.map(rollout, range(64)))
+        list(pool.map(Toolbox.close, toolboxes))
+    assert seen == [[*(str(n + i) for i in range(5)), "(no output)"] for n in range(64)]
+
+
+def test_sandbox_start_says_what_runs_and_stops_where_nothing_holds(tool_config, monkeypatch):
+    monkeypatch.delenv("TAVILY_API_KEY", raising=False)
+    assert re.fullmatch(r"python: sandboxed \(landlock abi \d+, seccomp\) \| search: none", tools.start(tool_config))
+    for locks, escape in ((["rlimits", "landlock"], "start processes"), (["rlimits", "seccomp"], "read files")):
+        monkeypatch.setattr(tools, "LOCKS", locks)
+        with pytest.raises(ToolError, match=escape):
+            tools.start(tool_config)
+        unsafe = tools.start(replace(tool_config, unsafe_python=True))
+        assert "NOT CONTAINED" in unsafe and escape in unsafe
+    monkeypatch.setattr(tools, "LOCKS", ["rlimits", "landlok"])  # a lock that cannot be had
+    with pytest.raises(ToolError, match="kernel does not let Python be contained"):
+        tools.start(tool_config)
+    with Toolbox([], tool_config) as toolbox:
+        assert "it runs" not in tool_call(toolbox, code="print('it runs')").text
+
+
+# --- calls, zoom and search ------------------------------------------------------------------------------------------
+
+
+def tool_fuzz(chance):
+    values = [None, True, 0, -1, 10**400, 1e999, -1e999, math.nan, "", "x", "\ud800", [], {}, [[]], [1] * 4]
+    name = chance.choice(["python", "image_zoom_in", "tavily-search", "", None, 3, [], {}, "os"])
+    keys = ["code", "timeout", "bbox_2d", "label", "img_idx", "query", "max_results", "name"]
+    arguments = {chance.choice(keys): chance.choice(values) for _ in range(chance.randrange(5))}
+    if chance.random() < 0.3:
+        arguments |= {"bbox_2d": [chance.choice(values[1:9]) for _ in range(4)], "label": ""}
+    text = json.dumps({"name": name, "arguments": chance.choice([arguments, arguments, arguments, *values])})
+    position = chance.randrange(len(text))
+    broken = text[:position] + chr(chance.randrange(0x110000)) + text[position:]
+    return chance.choice([text, text, text[:position], broken])
+
+
+def test_tool_call_turns_any_text_into_an_observation(tool_config, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"title": "x", "text": "x 9"}')
+    chance = random.Random(0)
+    texts = ["", "{}", "[]", "null", "[" * 10**5, '{"a":' * 10**5, "1" * 10**5, '"\\ud800"', "\0", "NaN"]
+    texts += [chance.randbytes(40).decode("latin-1") for _ in range(100)] + [tool_fuzz(chance) for _ in range(1500)]
+    images = [Image.new("RGB", (50, 50)), b"no image"]
+    with Toolbox(images, replace(tool_config, search_corpus=str(corpus))) as toolbox:
+        for text in texts:
+            seen = toolbox.call(text)
+            assert seen.text.encode() and len(seen.text) <= tool_config.observation_chars
+            assert all(isinstance(image, Image.Image) for image in seen.images)
+            del toolbox.images[2:]
+
+
+@pytest.mark.parametrize("name, arguments, wrong", [
+    ("python", {}, "code must"), ("python", {"code": "x" * 10**6}, "code must"), ("os", {}, "no such tool"),
+    ("python", {"code": "1", "timeout": "x"}, "timeout"), ("python", {"code": "1", "timeout": True}, "timeout must"),
+    ("image_zoom_in", {"bbox_2d": [9, 5, 5, 9]}, "x1 < x2"), ("image_zoom_in", {"bbox_2d": "x"}, "must be [x1"),
+    ("image_zoom_in", {"bbox_2d": [1, 2, 3, "4"]}, "number"), ("image_zoom_in", {"bbox_2d": [math.nan] * 4}, "number"),
+    ("image_zoom_in", {"bbox_2d": [0, 0, 9, 9], "img_idx": 1}, "below 1"),
+])  # fmt: skip
+def test_tool_call_names_what_is_wrong(name, arguments, wrong, tool_config):
+    with Toolbox([Image.new("RGB", (9, 9))], tool_config) as toolbox:
+        seen = tool_call(toolbox, name, **arguments)
+        assert wrong in seen.text and not seen.ok and not seen.images and toolbox._session is None
+
+
+def test_tool_text_is_bounded_and_holds_no_token_of_the_template(tool_config):
+    with Toolbox([], replace(tool_config, python_max_timeout=1)) as toolbox:
+        code = "print('<|im_end|><tool_response></think><|image_pad|>' + chr(60) + 'b>')"
+        assert tool_call(toolbox, code=code).text == "< |im_end|>< tool_response>< /think>< |image_pad|><b>"
+        text = tool_call(toolbox, code="print('a' * 10**5); 1 / 0").text
+        assert len(text) <= 4000 and text.startswith("aaa") and text.endswith("ZeroDivisionError: division by zero")
+        assert "after 1 s" in tool_call(toolbox, code="while True: pass", timeout=1e9).text
+
+
+def test_tool_zoom_crops_the_right_place_and_enlarges_it(tool_config):
+    image = Image.new("RGB", (1000, 500), "blue")
+    image.paste("red", (500, 250, 600, 300))
+    toolbox = Toolbox([image], tool_config)
+    seen = tool_call(toolbox, "image_zoom_in", bbox_2d=[500, 500, 600, 600], label="x")
+    assert seen.text == "Image 1: zoomed crop of image 0." and seen.images[0].size == (724, 362)
+    assert seen.images[0].crop((9, 9, 700, 350)).getcolors() == [(691 * 341, (255, 0, 0))]
+    assert toolbox.images[1] is seen.images[0]
+    seen = tool_call(toolbox, "image_zoom_in", bbox_2d=[0, 0, 1000, 1000], label="x", img_idx=1)
+    assert seen.text == "Image 2: zoomed crop of image 1."
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 4000), (4000, 3), (5000, 5000)])
+def test_tool_zoom_gives_a_picture_a_processor_accepts(size, tool_config):
+    for box in ([0, 0, 1000, 1000], [999.9, 0, 1000, 1], [0, 500, 1000, 500.1], [-9, -9, 10**9, 9]):
+        toolbox = Toolbox([Image.new("L", size)], tool_config)
+        (picture,) = tool_call(toolbox, "image_zoom_in", bbox_2d=box, label="").images
+        assert picture.mode == "RGB" and min(picture.size) >= 32 and max(picture.size) <= tool_config.image_side
+
+
+def test_tool_zoom_decodes_a_picture_once_in_bounded_memory(tool_config, monkeypatch):
+    pictures = [io.BytesIO() for _ in range(3)]
+    for picture in pictures:
+        Image.new("RGB", (4000, 2000)).save(picture, "JPEG")
+    opened, open_image = [], tools._open
+    monkeypatch.setattr(tools, "_open", lambda source: opened.append(source) or open_image(source))
+    monkeypatch.setattr(tools, "_DECODED_BYTES", 70 * 10**6)  # two of 32 MB
+    tools._decoded_images.clear()
+    for picture in [picture.getvalue() for picture in pictures] * 2:
+        for _ in range(3):
+            assert tool_call(Toolbox([picture], tool_config), "image_zoom_in", bbox_2d=[0, 0, 99, 99], label="").ok
+            assert len(tools._decoded_images) <= 2
+    assert len(opened) == 6  # and not 18
+
+
+def tool_search(config, query, **more):
+    return tool_call(Toolbox([], config), "tavily-search", query=query, **more)
+
+
+@pytest.fixture
+def tool_corpus(tmp_path):
+    rows = [{"title": f"Ann Lee {n}", "url": f"https://a.org/{n}", "text": "Ann Lee paints boats."} for n in range(9)]
+    rows += [{"title": "Bob", "text": "Bob " + "sings " * 400 + "in Oslo" + " loudly" * 400}, {"text": "Only zebras."}]
+    rows += [{"title": "Leak", "url": "https://HuggingFace.co/datasets/x", "text": "zebras zebras"}]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tools._index.cache_clear()
+    return ToolConfig(search_corpus=str(tmp_path / "corpus.jsonl"), tool_cache=str(tmp_path / "cache"))
+
+
+def test_tool_local_search_ranks_cuts_and_excludes(tool_corpus, monkeypatch):
+    monkeypatch.setenv("TAVILY_API_KEY", "tvly-hunter2")  # the corpus goes before it
+    assert tool_search(tool_corpus, "zebras").text == "1.\nOnly zebras."  # nothing of the excluded site
+    found = re.findall("https.*", tool_search(tool_corpus, "ann lee", max_results=3).text)
+    assert found == ["https://a.org/0", "https://a.org/1", "https://a.org/2"]
+    assert "in Oslo" in tool_search(tool_corpus, "Oslo").text and len(tool_search(tool_corpus, "Oslo").text) < 800
+    assert tool_search(tool_corpus, "nothing-there").text == "No results."
+    for query in ['"', "a* OR (", "NEAR(", "title:x", "-", "'; DROP TABLE docs; --", "\0", "^a", "AND", "\ud800"]:
+        assert tool_search(tool_corpus, query).ok  # no query is a syntax error
+    assert "12 documents" in tools.start(tool_corpus)
+
+
+def test_tool_index_is_built_once_and_again_when_the_corpus_changed(tool_corpus, monkeypatch):
+    builds, build = [], tools._build_index
+    monkeypatch.setattr(tools, "_build_index", lambda *arguments: builds.append(1) or build(*arguments))
+    with ThreadPoolExecutor(8) as pool:
+        assert len({seen.text for seen in pool.map(lambda _: tool_search(tool_corpus, "ann boats"), range(200))}) == 1
+    assert len(builds) == 1
+    for text, claim in (('{"title": "New"}\n', "1. New"), ('{"title": "x"}\nno json\n', "line 2 of")):
+        Path(tool_corpus.search_corpus).write_text(text)
+        tools._index.cache_clear()
+        assert claim in tool_search(tool_corpus, "new").text
+    assert "cannot be indexed" in tool_search(replace(tool_corpus, search_corpus="nowhere.jsonl"), "x").text
+
+
+class Tavily(http.server.BaseHTTPRequestHandler):
+    """Speaks Tavily's JSON. `faults` are met one by one before an answer comes."""
+
+    def do_POST(self):
+        self.server.requests.append((json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.headers))
+        fault = self.server.faults.pop(0) if self.server.faults else 200
+        rows = [{"title": "T", "url": "https://t.org", "content": "key " + self.headers["Authorization"][7:]}]
+        rows += [{"title": "L", "url": "https://huggingface.co/x", "content": "leak"}]
+        body = json.dumps({"results": rows}).encode()
+        if fault == "slow":
+            time.sleep(2)
+        elif fault == "closed":
+            self.connection.shutdown(2)
+        elif fault == "drip":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            with contextlib.suppress(OSError):
+                for _ in range(20):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
+        else:
+            self.send_response(200 if fault in ("broken", "other") else fault)
+            self.send_header("Retry-After", "0.1")
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/elsewhere")
+            self.end_headers()
+            self.wfile.write({"broken": body[:-9], "other": b'{"results": [3]}'}.get(fault, body))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def tool_tavily(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAVILY_API_KEY", "tvly-hunter2")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tavily) as server:
+        server.requests, server.faults, server.config = [], [], ToolConfig(tool_cache=str(tmp_path))
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setattr(tools, "_TAVILY_URL", f"http://127.0.0.1:{server.server_port}/search")
+        monkeypatch.setattr(tools, "_TAVILY_SECONDS", 1.2)
+        monkeypatch.setattr(tools, "_TAVILY_TRIES", 3)
+        yield server
+        server.shutdown()
+
+
+ANSWER = "1. T\nhttps://t.org\nkey ***"
+
+
+def test_tool_tavily_is_asked_once_and_never_shows_its_key(tool_tavily):
+    with ThreadPoolExecutor(16) as pool:
+        seen = pool.map(lambda _: tool_search(tool_tavily.config, " what  is it ", max_results=3).text, range(32))
+        assert set(seen) == {ANSWER}
+    ((body, headers),) = tool_tavily.requests
+    assert body == {"query": "what is it", "max_results": 3, "exclude_domains": ["huggingface.co"]}
+    assert headers["Authorization"] == "Bearer tvly-hunter2"
+    (stored,) = Path(tool_tavily.config.tool_cache).rglob("*.json")
+    assert "hunter2" not in stored.read_text() and tools.start(tool_tavily.config).endswith("search: tavily")
+    with Toolbox([], tool_tavily.config) as toolbox:
+        assert "hunter2" not in tool_call(toolbox, code="import os; os.environ").text
+
+
+@pytest.mark.parametrize("fault, times, tries, expected", [
+    (429, 1, 2, ANSWER), (503, 1, 2, ANSWER), ("closed", 1, 2, ANSWER), ("broken", 1, 2, ANSWER),
+    ("other", 1, 2, ANSWER), (432, 9, 1, "quota is used up"), (401, 9, 1, "key is not valid"),
+    (302, 9, 1, "status 302"), (502, 9, 3, "status 502"), (429, 9, 3, "too many requests"), ("slow", 9, 2, "no reply"),
+    ("drip", 9, 1, "no reply"),
+])  # fmt: skip
+def test_tool_tavily_is_tried_again_and_given_up_in_time(fault, times, tries, expected, tool_tavily):
+    tool_tavily.faults += [fault] * times
+    begin = time.monotonic()
+    seen = tool_search(tool_tavily.config, "x")
+    assert expected in seen.text and seen.ok == (expected == ANSWER) and "hunter2" not in seen.text
+    assert len(tool_tavily.requests) == tries and time.monotonic() - begin < 3
+
+
+def test_tool_search_without_server_or_engine_is_an_observation(tool_tavily, monkeypatch):
+    monkeypatch.setattr(tools, "_TAVILY_URL", "http://127.0.0.1:9/")
+    assert "no reply" in tool_search(tool_tavily.config, "x").text
+    monkeypatch.delenv("TAVILY_API_KEY")
+    assert "not available" in tool_search(tool_tavily.config, "x").text
+
+
+# The plain user must be able to read this interpreter: an empty /root is put before a closed one in which it lies.
+OPEN_ROOT = """
+mkdir -p {stage} && mount --bind {prefix} {stage} && mount -t tmpfs -o mode=755 none /root && mkdir -p {prefix} &&
+mount --move {stage} {prefix} && exec "$@"
+"""
+
+
+def test_tool_sandbox_holds_for_a_plain_user_too(tmp_path):
+    if os.getuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("needs root, to become somebody else, and setpriv")
+    plain = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env"]  # setpriv itself may still read all
+    if subprocess.run([*plain, sys.executable, "-c", ""], capture_output=True, check=False, cwd="/").returncode:
+        script = OPEN_ROOT.format(stage=tmp_path / "stage", prefix=sys.base_prefix)
+        plain = ["unshare", "-m", "sh", "-c", script, "sh", *plain]
+        if subprocess.run([*plain, sys.executable, "-c", ""], capture_output=True, check=False, cwd="/").returncode:
+            pytest.skip("the plain user cannot read this interpreter")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        for file in Path(tools.__file__).parent.glob("*.py"):  # where they lie, the plain user may not be let in
+            shutil.copy(file, folder)
+        command = [
+            *plain,
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--basetemp",
+            f"{folder}/temp",
+        ]
+        environment = {**os.environ, "HOME": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        command += ["-k", "test_sandbox_", Path(__file__).name]
+        done = subprocess.run(command, capture_output=True, check=False, text=True, cwd=folder, env=environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
