@@ -99,8 +99,8 @@ class Config(ToolConfig):
     questions_per_step: int = option(64, "B")
     epochs_per_batch: int = option(1, "updates per batch; the clip matters from the second on")
     micro_batch_tokens: int = option(16384, "padded tokens per forward and backward pass")
-    lr: float = option(1e-6, "learning rate of RL")
-    sft_lr: float = option(1e-5, "learning rate of SFT")
+    lr: float = option(1e-6, "learning rate of RL, after the warm-up and before it falls to 0 at the last step")
+    sft_lr: float = option(1e-5, "likewise for SFT")
     sft_steps: int = option(1000, "SFT steps")
     sft_trajectories: int = option(1600, "how many trajectories the toy world's teacher writes")
     sft_batch: int = option(64, "trajectories per SFT step")
@@ -324,10 +324,13 @@ def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: i
     rewards = [torch.tensor([rollout.reward for rollout in group]) for group in groups]
 
     wrong = [all_wrong_tool_rollouts([r.reward for r in group], [r.used_tool for r in group]) for group in groups]
+    # A call that the length limit cut off at its opening tag leaves no room for another.
+    wrong = [[i for i in sources if g[i].calls[0].start < g[i].calls[0].end] for g, sources in zip(groups, wrong)]
     triggered = [q for q, sources in enumerate(wrong) if sources] if cfg.algo == "axpo" else []
-    ranks = [[uncertainty(groups[q][i], cfg.rank) for i in wrong[q]] for q in triggered]
-    budget = int(cfg.resample_ratio * len(problems) * cfg.rollouts_per_question / cfg.resamples_per_prefix)
-    chosen = [(triggered[t], wrong[triggered[t]][c]) for t, c in select_prefixes(ranks, budget)]
+    uncertainties = [[uncertainty(groups[q][i], cfg.rank) for i in wrong[q]] for q in triggered]
+    # 1e-9: 0.29 * 100 in floats is a little less than 29
+    budget = int(cfg.resample_ratio * len(problems) * cfg.rollouts_per_question / cfg.resamples_per_prefix + 1e-9)
+    chosen = [(triggered[t], wrong[triggered[t]][c]) for t, c in select_prefixes(uncertainties, budget)]
     resamples = resample(policy, groups, chosen, sampling, cfg)
 
     streams = []
@@ -389,17 +392,27 @@ def run_and_grade(policy, rollouts, sampling, cfg, phase) -> None:
 # 5. Grading
 # ======================================================================================================================
 def extract_answer(response: str) -> str | None:
-    """What stands in the one \\boxed{} of the one <answer> that ends the turn, or None where the turn is not of that
-    form."""
-    _, closed, tail = response.rpartition("</think>")
-    match = re.fullmatch(r"\s*<answer>\s*\\boxed\{([^{}]{1,300})\}\s*</answer>\s*", tail)
-    return match[1].strip() if closed and match else None
+    """What stands in the one \\boxed{} of the one <answer> that ends the turn; None where the turn is not of that form.
+    `response`: the text of the last turn, from behind the `<think>` that the prompt opened."""
+    # Paper leaves this open: a second box would be a second answer, so there must be exactly one.
+    _, *tail = response.split("</think>")
+    match = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", tail[0], re.DOTALL) if len(tail) == 1 else None
+    if not match or re.search(r"</?(answer|think|tool_call|tool_response)>|<\|", match[1]):
+        return None
+    _, *boxes = match[1].split("\\boxed{")
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", boxes[0], re.DOTALL) if len(boxes) == 1 else ():  # `\{` is no brace
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return boxes[0][: brace.start()].strip() or None
+    return None
 
 
 def grade(problem: Problem, response: str) -> float:
     """1.0 if the answer in `response` (the text of the last assistant turn) is right, else 0.0."""
     answer = extract_answer(response)
-    return float(answer is not None and answer.casefold() in {a.casefold() for a in problem.answers})
+    same = {" ".join(accepted.split()).casefold() for accepted in problem.answers}
+    return float(answer is not None and " ".join(answer.split()).casefold() in same)
 
 
 # ======================================================================================================================
@@ -549,8 +562,8 @@ class Sampling:
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One token per row: ids, log-probs and entropies, each (R,). logits (R, V); uniforms (R,) in [0, 1), one draw
-    each; seen (R, V) marks the tokens of the response so far. Log-prob and entropy are those of the whole softmax at
+    """One token per row: ids, log-probs and entropies, each (R,). logits (R, V); uniforms (R,) in [0, 1), float64, one
+    draw each; seen (R, V) marks the tokens of the response so far. Log-prob and entropy are those of the whole softmax at
     the temperature, as the trainer sees it; top-k, top-p and the penalty only narrow the draw."""
     greedy = sampling.temperature == 0
     scale = 1.0 if greedy else sampling.temperature
@@ -568,7 +581,7 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor) -
             ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # what comes after the nucleus is full
             probs = torch.zeros_like(probs).scatter(-1, order, ordered)
         cdf = probs.double().cumsum(-1)  # inverted: a row's token depends on its own draw alone
-        ids = torch.searchsorted(cdf, uniforms[:, None].double() * cdf[:, -1:], right=True).squeeze(1)
+        ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
     return ids, logps.gather(1, ids[:, None]).squeeze(1), entropy
 
 
@@ -578,13 +591,15 @@ class KVCache:
     caches."""
 
     def __init__(self, slots: int, length: int):
-        self.slots, self.length, self.store = slots, length, []
+        self.slots, self.length, self.columns_kept, self.store = slots, length, 0, []
 
     def at(self, slots: Tensor, starts: Tensor, count: int, width: int) -> KVCache:
         """Aim the next forward pass: `count` tokens per row, into these slots from these columns on; `width` columns
-        can be seen."""
+        can be seen. The store doubles when it is full; its last column takes the writes of padding."""
+        if width >= self.columns_kept:
+            self.columns_kept = min(2 * width, self.length)
         self.rows = slots
-        self.columns = (starts[:, None] + torch.arange(count, device=starts.device)).clamp(max=self.length - 1)
+        self.columns = (starts[:, None] + torch.arange(count, device=starts.device)).clamp(max=self.columns_kept - 1)
         contiguous = slots.tolist() == list(range(len(slots)))
         self.seen = slice(0, len(slots)) if contiguous else slots  # a view where possible, else a copy
         self.width = width
@@ -592,7 +607,10 @@ class KVCache:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
         if layer == len(self.store):
-            self.store.append(keys.new_zeros(2, self.slots, keys.shape[1], self.length, keys.shape[3]))
+            self.store.append(keys.new_zeros(2, self.slots, keys.shape[1], 0, keys.shape[3]))
+        if self.store[layer].shape[3] < self.columns_kept:
+            missing = self.columns_kept - self.store[layer].shape[3]
+            self.store[layer] = F.pad(self.store[layer], (0, 0, 0, missing))
         store = self.store[layer]
         store[:, self.rows[:, None], :, self.columns] = torch.stack((keys, values)).permute(1, 3, 0, 2, 4)
         keys, values = store[:, self.seen, :, : self.width]
@@ -644,7 +662,6 @@ class Engine:
             return
         pending = deque(rollouts)
         slots, device = min(self.cfg.max_rows, len(rollouts)), self.policy.bias.device
-        # One spare column takes the writes of padding.
         self.cache = KVCache(slots, max(r.prompt_len for r in rollouts) + self.sampling.max_response_tokens + 1)
         self.logits = torch.zeros(slots, len(self.policy.bias), device=device)
         self.seen = torch.zeros(slots, len(self.policy.bias), dtype=torch.bool, device=device)
@@ -711,7 +728,8 @@ class Engine:
         if all(row.waiting for row in self.rows):
             return
         count, device = len(self.rows), self.logits.device
-        uniforms = torch.tensor([0.0 if row.waiting else row.rng.random() for row in self.rows], device=device)
+        draws = [0.0 if row.waiting else row.rng.random() for row in self.rows]
+        uniforms = torch.tensor(draws, dtype=torch.float64, device=device)  # in float32 a draw could round up to 1
         ids, logps, entropies = sample(self.logits[:count], uniforms, self.sampling, self.seen[:count])
         ready = torch.tensor([slot for slot, row in enumerate(self.rows) if not row.waiting], device=device)
         self.seen[ready, ids[ready]] = True
@@ -944,12 +962,10 @@ def sampler_gap(streams: Sequence[Stream], logps: Tensor, mask: Tensor) -> float
     return (logps[mask].cpu() - torch.tensor(sampled)).abs().mean().item() if sampled else 0.0
 
 
-def set_lr(optimizer, lr: float, step: int, warmup: int, steps: int = 0) -> None:
-    """Linear warm-up, then constant, or falling to 0 at `steps` where that is given. A function of the step: nothing to
-    restore on resume."""
-    scale = min(1.0, (step + 1) / max(warmup, 1)) * (1 - step / steps if steps else 1.0)
+def set_lr(optimizer, lr: float, step: int, warmup: int, steps: int) -> None:
+    """Linear warm-up, then a straight line to 0 at `steps`: a function of the step, so nothing to restore on resume."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * scale
+        group["lr"] = lr * min(1.0, (step + 1) / max(warmup, 1)) * (1 - step / steps)
 
 
 def draw(count: int, size: int, step: int, seed: int) -> list[int]:
@@ -1012,7 +1028,7 @@ def train_rl(policy: Policy, problems: Sequence[Problem], held_out: Sequence[Pro
         batch = axpo_batch(drawn, policy, cfg, step)
         metrics = {"stage": "rl", "step": step + 1} | batch_metrics(batch)
         rolled_out = time.time()
-        set_lr(optimizer, cfg.lr, step, cfg.warmup_steps)
+        set_lr(optimizer, cfg.lr, step, cfg.warmup_steps, cfg.steps)
         total = len(batch.groups) * cfg.rollouts_per_question
         metrics |= update(policy, reference, optimizer, batch.streams, total, cfg)
         sampled = sum(sum(r.mask[r.parent_len :]) for r in all_rollouts(batch))
@@ -1121,7 +1137,7 @@ class Run:
     (Hugging Face format) and, while a stage runs, STAGE.step-N/ with the optimizer beside the model. The same command
     started again goes on from there."""
 
-    FREE = {"stage", "steps", "sft_steps", "save_every", "show_every", "log_with", "threads", "output_dir", "name"}
+    FREE = {"stage", "save_every", "show_every", "log_with", "threads", "output_dir", "name"}
 
     def __init__(self, cfg: Config, accelerator):
         name = cfg.name or f"{Path(cfg.model).name}-{cfg.algo}"
@@ -1185,10 +1201,8 @@ class Run:
         kept = sorted(p for p in self.folder.glob(f"{stage}.step-*") if not p.name.endswith(".draft"))
         step = 0
         if kept:
-            from safetensors.torch import load_model
-
             state = torch.load(kept[-1] / "trainer.pt", map_location=policy.bias.device)
-            load_model(policy.model, kept[-1] / "model.safetensors")
+            policy.model.load_state_dict(load_policy(str(kept[-1]), "cpu").model.state_dict())
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
             print(f"going on with {stage} after step {step}, from {kept[-1]}")
@@ -1366,3 +1380,5 @@ if __name__ == "__main__":
         main(parse(sys.argv[1:]))
     except ValueError as error:
         sys.exit(f"axpo.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("axpo.py: interrupted; the same command goes on from the last checkpoint")

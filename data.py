@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -120,12 +121,9 @@ class ToyProblem(Problem):
     outcomes: tuple[str, ...] = ()
 
 
-def toy_problem(
-    id: str, family: str, level: str, newcomers: list[int], numbers: list[int], rng: random.Random
-) -> ToyProblem:
-    """Draw one problem. `newcomers[i]` is the candidate that newcomer i stands for in this town; `numbers` are the
-    two-digit numbers to draw from. Unless the answer is known, all wrong candidates lead to wrong answers: a wrong call
-    is worse than a guess."""
+def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: str, rng: random.Random) -> ToyProblem:
+    """Draw one problem. `newcomers[i]` is the candidate that newcomer i stands for in this town. Unless the answer is
+    known, all wrong candidates lead to wrong answers: a wrong call is worse than a guess."""
     right = rng.randrange(4)
     name = RESIDENTS[right]
     if level == "hidden":
@@ -147,37 +145,40 @@ def toy_problem(
         def results(n: int) -> list[int] | list[str]:
             return [n % box for box in BOXES] if family == "reasoning" else [fairs[host, n] for host in range(4)]
 
-        fitting = numbers
+        if level == "known":
+            name = "ten" if family == "reasoning" else SEASONS[TOWNS.index(answer)]
+        fitting = [n for n in range(10, 100) if split == "sft" or (split == "test") == held_out(name, n)]
         if level != "known":
-            fitting = [n for n in numbers if [i for i, r in enumerate(results(n)) if r == answer] == [right]]
+            fitting = [n for n in fitting if [i for i, r in enumerate(results(n)) if r == answer] == [right]]
         elif family == "reasoning":
-            fitting = [n for n in numbers if n % 10 == answer]
+            fitting = [n for n in fitting if n % 10 == answer]
         if not fitting:
-            return toy_problem(id, family, level, newcomers, numbers, rng)
+            return toy_problem(id, family, level, newcomers, split, rng)
         n = rng.choice(fitting)
         outcomes = [str(result) for result in results(n)]
         if family == "reasoning":
-            question = f"How many of {n} eggs are left over in boxes of {'ten' if level == 'known' else name}?"
+            question = f"How many of {n} eggs are left over in boxes of {name}?"
         else:
-            season = SEASONS[TOWNS.index(answer)]
-            question = f"Where was the fair of {season if level == 'known' else name} of {n}?"
+            question = f"Where was the fair of {name} of {n}?"
     kind = "math" if family == "reasoning" else "text"
     return ToyProblem(id, question, images, (str(answer),), kind, (), "toy", family, level, right, tuple(outcomes))
 
 
+def held_out(name: str, number: int) -> bool:
+    """A third of the questions, each a name and a number, is for evaluation only."""
+    return zlib.crc32(f"{name} {number}".encode()) % 3 == 0
+
+
 def toy_problems(split: str, count: int, seed: int = 0) -> list[ToyProblem]:
     """`count` problems of a split: "sft" (every problem in a town of its own), "train" and "test" (one town, whose
-    newcomers RL can get to know; the numbers in the questions of the two never meet)."""
+    newcomers RL can get to know; no question, or picture, is in both)."""
     rng = random.Random(f"{split}-{seed}")
-    numbers = list(range(10, 100))
     home = random.Random("home").sample(range(4), len(NEWCOMERS))
-    random.Random("numbers").shuffle(numbers)
-    numbers = {"sft": numbers, "train": numbers[:60], "test": numbers[60:]}[split]
     problems = []
     for i in range(count):
         level = rng.choices(list(SHARES), list(SHARES.values()))[0]
         town = [rng.randrange(4) for _ in NEWCOMERS] if split == "sft" else home
-        problems.append(toy_problem(f"toy-{split}-{i}", FAMILIES[i % 3], level, town, numbers, rng))
+        problems.append(toy_problem(f"toy-{split}-{i}", FAMILIES[i % 3], level, town, split, rng))
     return problems
 
 
@@ -329,7 +330,7 @@ def toy_recipe(folder: Path) -> dict:
     """Defaults of Config where the data is the toy world: sizes and rates for half a million weights on two cores."""
     return {
         "search_corpus": str(toy_corpus(folder / "toy_corpus.jsonl")),
-        "threads": 1, "questions_per_step": 16, "steps": 130, "lr": 4e-4,
+        "threads": 1, "questions_per_step": 16, "steps": 130, "lr": 5e-4,
         "sft_steps": 400, "sft_lr": 2e-3, "sft_batch": 64,
         "micro_batch_tokens": 4096, "max_rows": 128, "max_response_tokens": 144, "save_every": 26,
         "eval_every": 26, "eval_max_response_tokens": 144, "eval_max_turns": 3, "eval_temperature": 1.0,
