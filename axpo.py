@@ -69,8 +69,8 @@ def option(default, text: str):
 
 @dataclass
 class Config(ToolConfig):
-    """All that can be set. Defaults are the paper's; where the data is the toy world, `data.toy_recipe` replaces
-    some."""
+    """All that can be set. The method's defaults are the paper's where it names them; where the data is the toy world,
+    `data.toy_recipe` replaces some."""
 
     stage: Literal["all", "sft", "rl", "eval"] = option("all", "one stage, or all of them in turn")
     model: str = option("toy", "checkpoint to start from: a folder, a Hub id of a Qwen3-VL, or 'toy' (tiny, random)")
@@ -110,7 +110,7 @@ class Config(ToolConfig):
     # evaluation
     eval_rollouts: int = option(4, "rollouts per problem: Pass@1 is their mean, Pass@k any of them")
     eval_limit: int = option(0, "evaluate on this many problems drawn with the seed (0: all)")
-    eval_every: int = option(20, "RL steps between evaluations (0: only at the end)")
+    eval_every: int = option(20, "RL steps between evaluations on the way (0: none)")
     eval_temperature: float = option(0.7, "temperature in evaluation")
     eval_top_p: float = option(0.8, "nucleus in evaluation")
     eval_top_k: int = option(20, "top-k in evaluation")
@@ -125,8 +125,8 @@ class Config(ToolConfig):
     log_with: Literal["none", "tensorboard", "wandb"] = option("none", "also log to this tracker, through accelerate")
 
     def __post_init__(self):
-        may_be_zero = {"seed", "threads", "steps", "sft_steps", "warmup_steps", "eval_limit", "eval_every", "show_every",
-                       "eval_top_k"}  # fmt: skip
+        may_be_zero = {"seed", "threads", "steps", "sft_steps", "warmup_steps", "eval_limit", "eval_every",
+                       "show_every", "eval_top_k"}  # fmt: skip
         for name, value in asdict(self).items():
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"--{name} must not be negative, but is {value}")
@@ -158,11 +158,10 @@ class Call:
 
     start: int
     end: int = 0
-    name: str = ""
     ok: bool = False
 
 
-@dataclass
+@dataclass(eq=False)  # compared by identity
 class Rollout:
     """One trajectory, token by token as the model saw it; never re-tokenised. Per-token lists have the length of
     `ids`."""
@@ -240,7 +239,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def all_wrong_tool_rollouts(rewards: Sequence[float], used_tool: Sequence[bool]) -> list[int]:
-    """The trigger (section 4.1): indices of a group's tool-using rollouts if there are any and none is right, else
+    """The trigger: indices of a group's tool-using rollouts if there are any and none is right, else
     []."""
     users = [i for i, used in enumerate(used_tool) if used]
     return users if all(rewards[i] != 1 for i in users) else []
@@ -303,7 +302,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def uncertainty(rollout: Rollout, rank: str) -> float:
-    """How uncertain the policy was about its first tool call (section 4.4), over the tokens that a resample would draw
+    """How uncertain the policy was about its first tool call over the tokens that a resample would draw
     anew: their mean entropy; the paper's proxy, one minus their mean probability; or a seeded random number for the
     ablation."""
     # Paper leaves this open: the call's tokens are those after the opening tag, which itself belongs to the prefix.
@@ -432,6 +431,8 @@ class Policy:
         vocabulary = tokenizer.get_vocab()
         if missing := [t for t in (*FORBIDDEN, *TAGS) if t not in vocabulary]:
             raise ValueError(f"this model's tokenizer lacks {missing[0]}: it is not one of Qwen3-VL's message format")
+        if not tokenizer.chat_template:
+            raise ValueError("this model's tokenizer has no chat template: put its chat_template.jinja into the folder")
         self.image_id, self.merge = model.config.image_token_id, model.config.vision_config.spatial_merge_size
         self.call_open, self.call_close, self.think_close, self.end = (vocabulary[t] for t in TAGS)
         eos = model.generation_config.eos_token_id
@@ -563,8 +564,8 @@ class Sampling:
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One token per row: ids, log-probs and entropies, each (R,). logits (R, V); uniforms (R,) in [0, 1), float64, one
-    draw each; seen (R, V) marks the tokens of the response so far. Log-prob and entropy are those of the whole softmax at
-    the temperature, as the trainer sees it; top-k, top-p and the penalty only narrow the draw."""
+    draw each; seen (R, V) marks the tokens of the response so far. Log-prob and entropy are those of the whole softmax
+    at the temperature, as the trainer sees it; top-k, top-p and the penalty only narrow the draw."""
     greedy = sampling.temperature == 0
     scale = 1.0 if greedy else sampling.temperature
     logps = F.log_softmax(logits / scale, -1)
@@ -624,7 +625,7 @@ class KVCache:
             store[:, slot, :, : kv.shape[2]] = kv
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A rollout while it is being decoded. Its slot in the cache is its index in Engine.rows."""
 
@@ -642,9 +643,8 @@ class Row:
 
 class Engine:
     """Decodes many rollouts side by side. Siblings share one prefill; a finished row makes room for the next rollout at
-    once; tools run on threads while others decode. A call is collected a fixed number of decode steps after it was
-    made, never when it happens to be done: what is batched together, and so every bit of the result, doesn't depend on
-    how fast a tool was."""
+    once; tools run on threads while others decode. Calls are collected every eighth decode step, never when they happen
+    to be done: what is batched together, and so every bit of the result, doesn't depend on how fast a tool was."""
 
     CALL_STEPS = 8
     PREFILL_TOKENS = 16384
@@ -759,8 +759,7 @@ class Engine:
         if row.calling:
             call = r.calls[-1]
             text = policy.tokenizer.decode(r.ids[call.start : -1 if over else None])
-            name = re.search(r'"name":\s*"([^"]{1,40})"', text)
-            r.calls[-1] = replace(call, end=len(r.ids), name=name[1] if name else "")
+            r.calls[-1] = replace(call, end=len(r.ids))
         if over and row.calling and r.turns < self.sampling.max_turns:
             row.waiting = self.pool.submit(self.call, row.toolbox, text)
             row.due = self.clock - self.clock % self.CALL_STEPS + self.CALL_STEPS
@@ -926,7 +925,7 @@ def micro_batches(streams: Sequence[Stream], tokens: int) -> list[list[Stream]]:
 
 
 def update(policy: Policy, reference: Policy, optimizer, streams: list[Stream], total: int, cfg: Config) -> dict:
-    """Raise the objective of section 4.6 on one batch. `total` = B * N is the one denominator of all streams, so that
+    """Raise the objective on one batch. `total` = B * N is the one denominator of all streams, so that
     neither micro-batches nor their order change the result. pi_old is what the trainer itself computes before its first
     step. Returns means over tokens."""
     batches = micro_batches(streams, cfg.micro_batch_tokens)
@@ -949,7 +948,7 @@ def update(policy: Policy, reference: Policy, optimizer, streams: list[Stream], 
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value * mask.sum().item()
             sums["loss"] = sums.get("loss", 0.0) + loss.sum().item() / total
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True)
         optimizer.step()
     tokens = max(sums.pop("tokens"), 1.0)
     loss = sums.pop("loss") / cfg.epochs_per_batch
@@ -969,7 +968,8 @@ def set_lr(optimizer, lr: float, step: int, warmup: int, steps: int) -> None:
 
 
 def draw(count: int, size: int, step: int, seed: int) -> list[int]:
-    """The `size` indices out of `count` that step `step` works on: every epoch a new order, each index once."""
+    """The `size` indices out of `count` that step `step` works on: every epoch a new order, no index twice, and what is
+    left over is dropped."""
     size = min(size, count)
     epoch, place = divmod(step * size, count - count % size)
     return np.random.default_rng((seed, epoch)).permutation(count)[place : place + size].tolist()
@@ -987,6 +987,8 @@ def to_rollout(policy: Policy, problem: Problem, turns: Sequence[str | Observati
             policy.observe(rollout, turn.text, [policy.encode_image(image) for image in turn.images], sys.maxsize)
         else:
             ids = policy.encode(turn)
+            if not torch.isfinite(policy.bias[ids]).all():
+                raise ValueError(f"a turn of {problem.id} holds a token that may not be sampled: {turn[:200]!r}")
             rollout.append(ids if ids[-1] == policy.call_close else [*ids, policy.end], mask=1)
     return rollout
 
@@ -1022,6 +1024,8 @@ def train_rl(policy: Policy, problems: Sequence[Problem], held_out: Sequence[Pro
     optimizer = make_optimizer(policy, cfg.lr, cfg)
     start = run.restore("rl", policy, optimizer)
     for step in run.progress(cfg.algo.upper(), start, cfg.steps):
+        if cfg.eval_every and step % cfg.eval_every == 0:
+            run.log({"stage": "eval", "step": step} | evaluate(policy, held_out, cfg)["all"])
         began = time.time()
         policy.seconds = {"rollout": 0.0, "resample": 0.0}
         drawn = [problems[i] for i in draw(len(problems), cfg.questions_per_step, step, cfg.seed)]
@@ -1036,8 +1040,6 @@ def train_rl(policy: Policy, problems: Sequence[Problem], held_out: Sequence[Pro
         metrics |= {"update_seconds": time.time() - rolled_out, "tokens_per_second": sampled / (rolled_out - began)}
         if cfg.show_every and step % cfg.show_every == 0:
             run.show(step + 1, batch, policy)
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-            metrics |= {f"eval_{k}": v for k, v in evaluate(policy, held_out, cfg)["all"].items()}
         run.log(metrics)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             run.checkpoint("rl", step + 1, policy, optimizer)
@@ -1137,21 +1139,24 @@ class Run:
     (Hugging Face format) and, while a stage runs, STAGE.step-N/ with the optimizer beside the model. The same command
     started again goes on from there."""
 
-    FREE = {"stage", "save_every", "show_every", "log_with", "threads", "output_dir", "name"}
+    # What may differ when a run goes on: it changes nothing, or nothing but rounding.
+    FREE = {"stage", "output_dir", "name", "save_every", "show_every", "log_with", "threads", "max_rows",
+            "tool_threads", "micro_batch_tokens", "tool_cache"}  # fmt: skip
 
-    def __init__(self, cfg: Config, accelerator):
-        name = cfg.name or f"{Path(cfg.model).name}-{cfg.algo}"
-        self.cfg, self.accelerator, self.folder = cfg, accelerator, Path(cfg.output_dir) / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "config.json"
+    def __init__(self, folder: Path, cfg: Config, accelerator):
+        self.cfg, self.accelerator, self.folder, self.bar = cfg, accelerator, folder, None
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.json"
         if path.exists():
             before = json.loads(path.read_text())
             for key, value in asdict(cfg).items():
                 if key not in self.FREE and before.get(key) != value:
-                    was = f"{self.folder} was begun with --{key} {before.get(key)}, not {value}"
+                    was = f"{folder} was begun with --{key} {before.get(key)!r}, not {value!r}"
                     raise ValueError(f"{was}: give another --name, or delete the folder")
         write(path, json.dumps(asdict(cfg), indent=1))
-        self.bar = None
+        for stage in ("sft", "rl"):  # left by a kill just after the stage's end
+            if self.final(stage).exists():
+                self.drop_steps(stage)
 
     def final(self, stage: str) -> Path:
         return self.folder / stage
@@ -1164,23 +1169,28 @@ class Run:
         self.bar = None
 
     def log(self, metrics: dict) -> None:
-        """One line to metrics.jsonl, the tracker and, in RL, the screen."""
+        """One line to metrics.jsonl, to the tracker and, but for SFT, to the screen. What is undefined (the accuracy
+        with a tool where none was used) is null."""
+        metrics = {k: None if v != v else v for k, v in metrics.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        values = {f"{metrics['stage']}/{k}": v for k, v in metrics.items() if k not in ("stage", "step")}
-        self.accelerator.log(values, step=metrics["step"])
-        if metrics["stage"] == "sft":
+        stage, step = metrics["stage"], metrics["step"]
+        values = {f"{stage}/{k}": v for k, v in metrics.items() if k not in ("stage", "step") and v is not None}
+        self.accelerator.log(values, step=step + (0 if stage == "sft" else self.cfg.sft_steps))  # trackers count on
+        if stage == "sft":
             self.bar.set_postfix(loss=f"{metrics['loss']:.3f}")
             return
-        m = {k: (v if v == v else 0.0) for k, v in metrics.items() if k != "stage"}
-        parts = [
-            "step {step:4d}", "reward {reward:.2f}", "tool {tool_use:4.0%}", "all-wrong {all_wrong:4.0%}",
-            "recovered {recovery:4.0%} by {prefixes:2d}", "clip {clip_fraction:.1%}", "kl {kl:.4f}",
-            "length {response_length:.0f}", "cut {truncated:.0%}", "{tokens_per_second:.0f} tok/s",
+        parts = {
+            "rl": "step {step:>4} | reward {reward:.2f} | tool {tool_use:4.0%} | all-wrong {all_wrong:4.0%} | "
+            "recovered {recovery:4.0%} by {prefixes:>2} | clip {clip_fraction:.1%} | kl {kl:.4f} | "
+            "length {response_length:3.0f} | cut {truncated:.0%} | {tokens_per_second:.0f} tok/s | "
             "{rollout_seconds:.1f} + {resample_seconds:.1f} + {update_seconds:.1f} s",
-        ]  # fmt: skip
-        parts += ["Pass@1 {eval_pass@1:.1%}"] if "eval_pass@1" in m else []
-        self.bar.write(" | ".join(parts).format_map(m))
+            "eval": "step {step:>4} | held out: " + " | ".join(f"{k} {{{k}:.1%}}" for k in metrics if "pass@" in k),
+        }[stage]
+        line = re.sub(
+            r"\{([^:}]+):([^}]+)\}", lambda m: "-" if metrics[m[1]] is None else f"{metrics[m[1]]:{m[2]}}", parts
+        )
+        print(line) if self.bar is None else self.bar.write(line)
 
     def checkpoint(self, stage: str, step: int, policy: Policy, optimizer) -> None:
         """Save under a temporary name, rename when complete, then drop the one before: at no moment is there no whole
@@ -1188,11 +1198,20 @@ class Run:
         folder = self.folder / f"{stage}.step-{step:06d}"
         draft = folder.with_name(folder.name + ".draft")
         policy.save(draft)
-        torch.save({"step": step, "optimizer": optimizer.state_dict()}, draft / "trainer.pt")
+        shown = self.folder / "rollouts.txt"
+        state = {
+            "step": step,
+            "optimizer": optimizer.state_dict(),
+            "shown": shown.stat().st_size if shown.exists() else 0,
+        }
+        torch.save(state, draft / "trainer.pt")
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
+        self.drop_steps(stage, folder)
+
+    def drop_steps(self, stage: str, kept: Path | None = None) -> None:
         for old in self.folder.glob(f"{stage}.step-*"):
-            if old != folder:
+            if old != kept:
                 shutil.rmtree(old)
 
     def restore(self, stage: str, policy: Policy, optimizer) -> int:
@@ -1205,10 +1224,13 @@ class Run:
             policy.model.load_state_dict(load_policy(str(kept[-1]), "cpu").model.state_dict())
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
+            if (self.folder / "rollouts.txt").exists():
+                os.truncate(self.folder / "rollouts.txt", state["shown"])
             print(f"going on with {stage} after step {step}, from {kept[-1]}")
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            rows = [row for row in read_lines(path) if row["stage"] != stage or row["step"] <= step]
+            last = {stage: step} | ({"eval": step - 1} if stage == "rl" else {})
+            rows = [row for row in read_lines(path) if row["step"] <= last.get(row["stage"], row["step"])]
             write(path, "".join(json.dumps(row) + "\n" for row in rows))
         return step
 
@@ -1217,8 +1239,7 @@ class Run:
         draft = self.folder / f"{stage}.draft"
         policy.save(draft)
         draft.rename(self.final(stage))
-        for old in self.folder.glob(f"{stage}.step-*"):
-            shutil.rmtree(old)
+        self.drop_steps(stage)
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
         """Append one decoded group to rollouts.txt: the one with a resampled prefix if there is one, as the trainer
@@ -1249,29 +1270,26 @@ class Run:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
-        rows = [row for row in read_lines(self.folder / "metrics.jsonl") if row["stage"] == "rl"]
+        rows = [row for row in read_lines(self.folder / "metrics.jsonl") if row["stage"] != "sft"]
         panels = {
-            "Tool use (share of rollouts)": ("tool_use",),
+            "Rollouts that use a tool": ("tool_use",),
             "All-wrong tool subgroups": ("all_wrong", "all_wrong_after"),
             "Recovered subgroups": ("recovery",),
-            "Held-out problems": ("eval_pass@1", f"eval_pass@{self.cfg.eval_rollouts}"),
+            "Held-out problems": ("pass@1", f"pass@{self.cfg.eval_rollouts}"),
         }
         figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
         for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
             for name in names:
-                points = [(row["step"], row[name]) for row in rows if not math.isnan(row.get(name, math.nan))]
-                if points:
-                    steps, values = zip(*points)
-                    if name.startswith("eval"):
-                        axis.plot(steps, values, marker="o", label=name.removeprefix("eval_"))
-                    else:
-                        window = max(1, len(values) // 20)
-                        axis.plot(steps, values, color="0.85", linewidth=0.8)
-                        smooth = [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-                        axis.plot(steps, smooth, label=name)
+                stage = "eval" if name.startswith("pass") else "rl"
+                points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and row[name] is not None]
+                steps, values = zip(*points) if points else ((), ())
+                if stage == "rl":  # a step is noisy: the line is a running mean over a twentieth of the steps
+                    axis.plot(steps, values, color="0.85", linewidth=0.8)
+                    window = max(1, len(values) // 20)
+                    values = [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+                axis.plot(steps, values, marker="o" if stage == "eval" else None, label=name)
             axis.set(title=title, ylim=(-0.02, 1.02))
-            if axis.lines:
-                axis.legend(loc="best", frameon=False)
+            axis.legend(loc="best", frameon=False)
         for axis in axes[1]:
             axis.set_xlabel("RL step")
         figure.suptitle(f"{self.folder.name}: {self.cfg.algo}")
@@ -1296,21 +1314,26 @@ def write(path: Path, text: str) -> None:
 # ======================================================================================================================
 # 11. Main
 # ======================================================================================================================
-def load_policy(name: str, device) -> Policy:
-    """The toy model, or a checkpoint from a folder or the Hub, in float32 (bf16 arithmetic on CUDA)."""
+def load_policy(name: str, device, seed: int = 0) -> Policy:
+    """The toy model, drawn with the seed, or a checkpoint from a folder or the Hub, in float32 (bf16 arithmetic on
+    CUDA). ValueError if it is none that can be trained here."""
     if name == "toy":
-        model, tokenizer, image_processor = data.toy_model()
+        model, tokenizer, image_processor = data.toy_model(seed)
     else:
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
         try:
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+            if (kind := AutoConfig.from_pretrained(name).model_type) != "qwen3_vl":
+                raise ValueError(f"it is a {kind}, not a (dense) Qwen3-VL model")
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise ValueError(f"its weights lack {sorted(report['missing_keys'])[0]}")
             tokenizer = AutoTokenizer.from_pretrained(name)
             image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file raises what its format's library likes
             raise ValueError(f"cannot load --model {name}: {str(error).splitlines()[0]}") from error
-        if model.config.model_type != "qwen3_vl":
-            raise ValueError(f"--model {name} is a {model.config.model_type}, not a Qwen3-VL model")
     return Policy(model.to(device).eval(), tokenizer, image_processor)
 
 
@@ -1334,43 +1357,60 @@ def main(cfg: Config) -> None:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(log_with=None if cfg.log_with == "none" else cfg.log_with, project_dir=cfg.output_dir)
+    base = Path(cfg.model)
+    started_from = "-".join(base.parts[-2:]) if base.is_dir() else base.name
+    folder = Path(cfg.output_dir) / (cfg.name or f"{started_from}-{'eval' if cfg.stage == 'eval' else cfg.algo}")
+    tracker = None if cfg.log_with == "none" else cfg.log_with
+    accelerator = Accelerator(log_with=tracker, project_dir=str(folder))
+    device = accelerator.device
     if accelerator.num_processes > 1:
         raise ValueError("axpo.py runs on one process for now: start it without --nproc_per_node")
-    if accelerator.device.type == "cpu":
+    if device.type == "cpu":  # torchrun leaves one thread to each process
         torch.set_num_threads(cfg.threads or os.cpu_count())
     set_seed(cfg.seed)
-    run = Run(cfg, accelerator)
-    print(f"{start_tools(cfg)}\nrun: {run.folder}")
-    if cfg.log_with != "none":
-        accelerator.init_trackers("axpo", config=asdict(cfg))
     held_out = data.load(cfg.eval_data or f"{cfg.data}-test", cfg.eval_limit or None, cfg.seed)
+    problems = data.load(cfg.data, None, cfg.seed)
+    # A later stage of a run goes on from what its earlier one left.
+    from_sft = cfg.stage == "rl" and (folder / "sft").exists()
+    policy = load_policy(str(folder / "sft") if from_sft else cfg.model, device, cfg.seed)
+    print(start_tools(cfg))
+    run = Run(folder, cfg, accelerator)  # from here on, and not before, the folder is this run's
+    print(f"run: {folder}")
+    if tracker:
+        accelerator.init_trackers("axpo", config=asdict(cfg))
+        if not accelerator.trackers:
+            raise ValueError(f"--log_with {tracker} needs the package {tracker}: pip install {tracker}")
     results = {}
 
-    def assess(policy: Policy, checkpoint: str) -> None:
-        path = run.folder / f"results.{checkpoint}.json"
+    def assess(stage: str, title: str) -> None:
+        """Evaluate the checkpoint that a stage left, once."""
+        path = run.final(stage) / "results.json"
         if not path.exists():
-            write(path, json.dumps(evaluate(policy, held_out, cfg)))
-        results[checkpoint] = json.loads(path.read_text())
+            write(path, json.dumps(evaluate(load_policy(str(run.final(stage)), device), held_out, cfg)))
+        results[title] = json.loads(path.read_text())
 
-    policy = load_policy(cfg.model, accelerator.device)
     if cfg.stage in ("all", "sft"):
         if not run.final("sft").exists():
-            trajectories = data.trajectories(cfg.data, cfg.sft_trajectories, cfg)
+            trajectories = data.trajectories(cfg.data, cfg.sft_trajectories, cfg.seed, cfg)
             rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
             train_sft(policy, rollouts, cfg, run)
             run.finish("sft", policy)
-        policy = load_policy(str(run.final("sft")), accelerator.device)
-    if cfg.stage != "rl":
-        assess(policy, "start" if cfg.stage == "eval" else "sft")
+        assess("sft", "sft")
     if cfg.stage in ("all", "rl"):
         if not run.final("rl").exists():
-            train_rl(policy, data.load(cfg.data, None, cfg.seed), held_out, cfg, run)
+            if cfg.stage == "all":
+                policy = load_policy(str(run.final("sft")), device)
+            train_rl(policy, problems, held_out, cfg, run)
             run.finish("rl", policy)
-        policy = load_policy(str(run.final("rl")), accelerator.device)
-        assess(policy, cfg.algo)
+        finished = (run.final("rl") / "results.json").exists()
+        assess("rl", cfg.algo)
+        if not finished:
+            run.log({"stage": "eval", "step": cfg.steps} | results[cfg.algo]["all"])
+        run.draw_curves()
+    if cfg.stage == "eval":
+        results["start"] = evaluate(policy, held_out, cfg)
     text = table(results)
-    write(run.folder / "results.md", text + "\n")
+    write(folder / "results.md", text + "\n")
     print(text)
     accelerator.end_training()
 
@@ -1378,7 +1418,7 @@ def main(cfg: Config) -> None:
 if __name__ == "__main__":
     try:
         main(parse(sys.argv[1:]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"axpo.py: {error}")
     except KeyboardInterrupt:
         sys.exit("axpo.py: interrupted; the same command goes on from the last checkpoint")

@@ -87,7 +87,9 @@ def toy_corpus(path: Path) -> Path:
         for (h, y), town in toy_fairs().items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != text:  # a file that changes is indexed anew
+        path.write_text(text)
     return path
 
 
@@ -344,14 +346,17 @@ def question_text(problem: Problem) -> str:
 
 
 def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
-    if name == "toy":
-        return toy_problems("train", 480)[:limit]
-    if name == "toy-test":
-        return toy_problems("test", 192)[:limit]
-    raise ValueError(f"unknown data set {name}: known are toy, toy-test")
+    """The problems of a data set: all, or `limit` of them drawn by index with the seed. ValueError for unknown
+    names."""
+    made = {"toy": ("train", 480), "toy-test": ("test", 192)}
+    if name not in made:
+        raise ValueError(f"unknown data set {name}: known are {', '.join(made)}")
+    problems = toy_problems(*made[name])
+    return random.Random(seed).sample(problems, limit) if limit and limit < len(problems) else problems
 
 
-def trajectories(name: str, count: int, tools: ToolConfig) -> list:
+def trajectories(name: str, count: int, seed: int, tools: ToolConfig) -> list[tuple[Problem, list[str | Observation]]]:
+    """`count` trajectories for SFT, as (problem, turns): only the toy world has a teacher."""
     if name != "toy":
-        raise ValueError(f"no trajectories for {name}")
-    return toy_trajectories(count, 0, tools)
+        raise ValueError(f"there are no trajectories for {name}: SFT runs on the toy world only")
+    return toy_trajectories(count, seed, tools)
