@@ -1242,9 +1242,10 @@ class Run:
         self.drop_steps(stage)
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
-        """Append one decoded group to rollouts.txt: the one with a resampled prefix if there is one, as the trainer
+        """Append one decoded group to rollouts.txt: one with a recovered prefix if there is one, as the trainer
         sees it."""
-        group = batch.resamples[0].group if batch.resamples else 0
+        recovered = [r.group for r in batch.resamples if r.recovered]
+        group = (recovered or [r.group for r in batch.resamples] or [0])[0]
         problem = batch.groups[group][0].problem
         lines = [f"{'=' * 40} step {step}: {problem.question} [{problem.answers[0]}]"]
         for s in batch.streams:

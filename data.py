@@ -94,8 +94,8 @@ def toy_corpus(path: Path) -> Path:
 
 
 def draw_town(flags: list[str], ground: str, rng: random.Random) -> bytes:
-    """A 448 x 448 picture of four houses, each with a flag of 6 pixels: invisible at the 64 x 64 that the toy model
-    sees, plain in a crop. Confetti of the flags' own colours and size hides them from anyone who looks at the whole."""
+    """A 448 x 448 picture of four houses, each with a flag of 6 pixels: a faint tint on a white dot at the 64 x 64 that
+    the toy model sees, plain in a crop. Confetti of the flags' own colours and size makes it fainter still."""
     image = Image.new("RGB", (448, 448), tuple(120 + c // 2 for c in COLOURS[ground]))
     draw = ImageDraw.Draw(image)
     for _ in range(300):
