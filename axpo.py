@@ -1357,7 +1357,9 @@ def parse(arguments: Sequence[str]) -> Config:
 def main(cfg: Config) -> None:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one bar, over the steps, is enough
     base = Path(cfg.model)
     started_from = "-".join(base.parts[-2:]) if base.is_dir() else base.name
     folder = Path(cfg.output_dir) / (cfg.name or f"{started_from}-{'eval' if cfg.stage == 'eval' else cfg.algo}")
@@ -1394,6 +1396,7 @@ def main(cfg: Config) -> None:
         if not run.final("sft").exists():
             trajectories = data.trajectories(cfg.data, cfg.sft_trajectories, cfg.seed, cfg)
             rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
+            print(f"{len(rollouts)} trajectories, {mean(r.turns > 1 for r in rollouts):.0%} of them with a tool call")
             train_sft(policy, rollouts, cfg, run)
             run.finish("sft", policy)
         assess("sft", "sft")
