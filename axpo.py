@@ -302,7 +302,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def uncertainty(rollout: Rollout, rank: str) -> float:
-    """How uncertain the policy was about its first tool call over the tokens that a resample would draw
+    """How uncertain the policy was about its first tool call, over the tokens that a resample would draw
     anew: their mean entropy; the paper's proxy, one minus their mean probability; or a seeded random number for the
     ablation."""
     # Paper leaves this open: the call's tokens are those after the opening tag, which itself belongs to the prefix.
@@ -310,7 +310,7 @@ def uncertainty(rollout: Rollout, rank: str) -> float:
         return float(np.random.default_rng((*rollout.seed, 1)).random())
     tokens = slice(rollout.calls[0].start, rollout.calls[0].end)
     values = rollout.entropies[tokens] if rank == "entropy" else 1 - np.exp(rollout.logps[tokens])
-    return float(np.mean(values)) if len(values) else 0.0
+    return float(np.mean(values))
 
 
 # ======================================================================================================================
@@ -1374,7 +1374,7 @@ def main(cfg: Config) -> None:
     held_out = data.load(cfg.eval_data or f"{cfg.data}-test", cfg.eval_limit or None, cfg.seed)
     problems = data.load(cfg.data, None, cfg.seed)
     # A later stage of a run goes on from what its earlier one left.
-    from_sft = cfg.stage == "rl" and (folder / "sft").exists()
+    from_sft = cfg.stage in ("all", "rl") and (folder / "sft").exists()
     policy = load_policy(str(folder / "sft") if from_sft else cfg.model, device, cfg.seed)
     print(start_tools(cfg))
     run = Run(folder, cfg, accelerator)  # from here on, and not before, the folder is this run's
@@ -1402,8 +1402,6 @@ def main(cfg: Config) -> None:
         assess("sft", "sft")
     if cfg.stage in ("all", "rl"):
         if not run.final("rl").exists():
-            if cfg.stage == "all":
-                policy = load_policy(str(run.final("sft")), device)
             train_rl(policy, problems, held_out, cfg, run)
             run.finish("rl", policy)
         finished = (run.final("rl") / "results.json").exists()
