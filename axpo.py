@@ -74,8 +74,10 @@ class Config(ToolConfig):
 
     stage: Literal["all", "sft", "rl", "eval"] = option("all", "one stage, or all of them in turn")
     model: str = option("toy", "checkpoint to start from: a folder, a Hub id of a Qwen3-VL, or 'toy' (tiny, random)")
-    data: str = option("toy", "problems to train on")
-    eval_data: str = option("", "problems to evaluate on (default: the test split of --data)")
+    data: str = option("", "problems: sets, mixtures a,b:500 or JSONL files (default: toy, or the paper's training mix)")
+    eval_data: str = option(
+        "", "problems to evaluate on (default: --data in --stage eval, else the paper's nine; the toy's test split)"
+    )
     output_dir: str = option("runs", "runs are kept in OUTPUT_DIR/NAME")
     name: str = option("", "name of the run (default: made of model and algorithm); the same command again resumes it")
     seed: int = option(0, "seed of everything random")
@@ -125,6 +127,12 @@ class Config(ToolConfig):
     log_with: Literal["none", "tensorboard", "wandb"] = option("none", "also log to this tracker, through accelerate")
 
     def __post_init__(self):
+        toy = (self.data or self.model) == "toy"
+        chosen = self.data if self.stage == "eval" and self.data else "paper-eval"
+        self.eval_data = self.eval_data or ("toy-test" if toy else chosen)
+        self.data = self.data or ("toy" if toy else "paper-rl")
+        data.check(self.data)
+        data.check(self.eval_data)
         may_be_zero = {"seed", "threads", "steps", "sft_steps", "warmup_steps", "eval_limit", "eval_every", "show_every",
                        "eval_top_k"}  # fmt: skip
         for name, value in asdict(self).items():
@@ -473,7 +481,7 @@ class Policy:
         rollout = Rollout(problem, (), [], [], [], [], [], 0, 0)
         images = [self.encode_image(data.open_image(ref)) for ref in problem.images]
         head, tail = self.frame(len(images))
-        ids, rollout.pictures = self.splice(rollout, head, images, data.question_text(problem), tail)
+        ids, rollout.pictures = self.splice(rollout, head, images, problem.question, tail)
         rollout.append(ids, mask=0)
         rollout.prompt_len = rollout.turn_start = len(ids)
         return rollout
@@ -1308,7 +1316,7 @@ def parse(arguments: Sequence[str]) -> Config:
     parser.error = lambda message: sys.exit(f"axpo.py: {message} (--help explains every option)")
     if "-h" not in arguments and "--help" not in arguments:
         first = parser.parse_known_args(arguments)[0]
-        if first.data == "toy":
+        if (first.data or first.model) in ("toy", "toy-test"):
             parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
     try:
         return parser.parse_args_into_dataclasses(arguments)[0]
@@ -1330,7 +1338,7 @@ def main(cfg: Config) -> None:
     print(f"{start_tools(cfg)}\nrun: {run.folder}")
     if cfg.log_with != "none":
         accelerator.init_trackers("axpo", config=asdict(cfg))
-    held_out = data.load(cfg.eval_data or f"{cfg.data}-test", cfg.eval_limit or None, cfg.seed)
+    held_out = data.load(cfg.eval_data, cfg.eval_limit or None, cfg.seed)
     results = {}
 
     def assess(policy: Policy, checkpoint: str) -> None:
