@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import io
 import json
 import math
 import operator
@@ -41,16 +42,18 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 import unicodedata
 import urllib.request
 import zlib
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Literal
@@ -80,7 +83,7 @@ class Config(ToolConfig):
     """All that can be set. Defaults are the paper's; where the data is the toy world, `data.toy_recipe` replaces
     some."""
 
-    stage: Literal["all", "sft", "rl", "eval"] = option("all", "one stage, or all of them in turn")
+    stage: Literal["all", "distil", "sft", "rl", "eval"] = option("all", "one stage, or SFT, RL and evaluation in turn")
     model: str = option("toy", "checkpoint to start from: a folder, a Hub id of a Qwen3-VL, or 'toy' (tiny, random)")
     data: str = option("", "problems: sets, mixtures a,b:500 or JSONL files (default: toy, or the paper's mix)")
     eval_data: str = option(
@@ -90,6 +93,8 @@ class Config(ToolConfig):
     name: str = option("", "name of the run (default: made of model and algorithm); the same command again resumes it")
     seed: int = option(0, "seed of everything random")
     threads: int = option(0, "CPU threads of torch (0: all cores)")
+    trajectories: str = option("", "JSONL file of messages for SFT, as --stage distil writes it (default: the toy's)")
+    keep_unsolved: str = option("", "STUDENT[,TEACHER]: stats files; RL leaves out what is solved always, or never")
     # the method
     algo: Literal["axpo", "grpo"] = option("axpo", "grpo leaves out the resampling and is the baseline")
     rank: Literal["entropy", "confidence", "random"] = option(
@@ -117,7 +122,8 @@ class Config(ToolConfig):
     warmup_steps: int = option(10, "linear warm-up, in steps")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     weight_decay: float = option(0.0, "AdamW's weight decay")
-    # evaluation
+    # distillation and evaluation
+    distil_rollouts: int = option(4, "rollouts per problem of which --stage distil keeps the right ones")
     eval_rollouts: int = option(4, "rollouts per problem: Pass@1 is their mean, Pass@k any of them")
     eval_limit: int = option(0, "evaluate on this many problems drawn with the seed (0: all)")
     eval_every: int = option(20, "RL steps between evaluations (0: only at the end)")
@@ -127,6 +133,9 @@ class Config(ToolConfig):
     eval_presence_penalty: float = option(1.5, "presence penalty in evaluation")
     eval_max_turns: int = option(5, "assistant messages per rollout in evaluation")
     eval_max_response_tokens: int = option(32768, "response tokens in evaluation")
+    judge_url: str = option("", "OpenAI-compatible endpoint (.../v1) that grades, in evaluation, what rules cannot")
+    judge_model: str = option("", "model of that endpoint; the key is OPENAI_API_KEY of the environment")
+    regrade: str = option("", "dump of an evaluation (rollouts.*.jsonl) to grade again; nothing else is done")
     # machine and logs
     max_rows: int = option(64, "rollouts decoded side by side")
     tool_threads: int = option(8, "tool calls that run side by side")
@@ -138,7 +147,7 @@ class Config(ToolConfig):
         toy = (self.data or self.model) == "toy"
         chosen = self.data if self.stage == "eval" and self.data else "paper-eval"
         self.eval_data = self.eval_data or ("toy-test" if toy else chosen)
-        self.data = self.data or ("toy" if toy else "paper-rl")
+        self.data = self.data or ("toy" if toy else "paper-sft" if self.stage in ("distil", "sft") else "paper-rl")
         data.check(self.data)
         data.check(self.eval_data)
         may_be_zero = {"seed", "threads", "steps", "sft_steps", "warmup_steps", "eval_limit", "eval_every",
@@ -148,6 +157,8 @@ class Config(ToolConfig):
                 raise ValueError(f"--{name} must not be negative, but is {value}")
             if type(value) is int and value < 1 and name in Config.__annotations__ and name not in may_be_zero:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
+        if bool(self.judge_url) != bool(self.judge_model):
+            raise ValueError("--judge_url and --judge_model are given together or not at all")
         if not 0 < self.eps_low < 1:
             raise ValueError(f"--eps_low must lie between 0 and 1, not {self.eps_low}")
         if not 0 < self.eval_top_p <= 1:
@@ -194,6 +205,7 @@ class Rollout:
     turn_start: int  # where the current assistant turn begins
     turns: int = 1
     calls: list[Call] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
     parent: Rollout | None = None  # what it was forked from, and
     parent_len: int = 0  # how much of it was copied
     stop: str = ""  # "answer", "turns" (limit reached on a call) or "length"
@@ -736,6 +748,7 @@ class Engine:
             row.waiting, row.thought, row.calling = None, False, False
             row.done = not self.policy.observe(r, observation.text, images, room - 1)
             r.stop = "length" if row.done else ""
+            r.observations.append(observation)
         self.extend([row for row in due if not row.done])
         self.release()
 
@@ -993,8 +1006,146 @@ def draw(count: int, size: int, step: int, seed: int) -> list[int]:
 
 
 # ======================================================================================================================
-# 9. The stages: SFT, RL, evaluation
+# 9. The stages: distillation, SFT, RL, evaluation
 # ======================================================================================================================
+def rollouts_to_file(policy, problems, count, sampling, cfg, seed, path: Path, rows) -> None:
+    """Roll out every problem `count` times and append rows(rollout) to `path` (JSONL), then its line {id, solved, n} to
+    stats.NAME beside it. After a kill it goes on with the problems that have no such line, and drops their rows."""
+    stats = path.with_name(f"stats.{path.name}")
+    keep_lines(stats, lambda row: True)
+    done = {row["id"] for row in read_lines(stats)}
+    keep_lines(path, lambda row: row["id"] in done)
+    size = max(1, 2 * cfg.max_rows // count)  # problems at a time, so that not all images are held at once
+    for i in range(0, len(problems), size):
+        todo = [problem for problem in problems[i : i + size] if problem.id not in done]
+        for group in rollout_groups(policy, todo, count, sampling, cfg, seed):
+            lines = [row for rollout in group for row in rows(rollout)]
+            append_lines(path, lines)
+            solved = sum(row["reward"] == 1 for row in lines)
+            append_lines(stats, [{"id": group[0].problem.id, "solved": solved, "n": count}])
+
+
+def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path) -> None:
+    """Keep the policy's right trajectories as rows of messages, ids and mask, their images in the folder images/."""
+    # Paper leaves this open: the teacher is sampled as in training.
+    sampling = Sampling(cfg.temperature, max_turns=cfg.max_turns, max_response_tokens=cfg.max_response_tokens)
+
+    def rows(r: Rollout) -> list[dict]:
+        row = {"id": r.problem.id, "reward": r.reward, "ids": r.ids, "mask": r.mask}
+        return [row | {"messages": to_messages(policy, r, path.parent)}] if r.reward == 1 else []
+
+    rollouts_to_file(policy, problems, cfg.distil_rollouts, sampling, cfg, (cfg.seed, 1 << 31), path, rows)
+
+
+def to_messages(policy: Policy, rollout: Rollout, folder: Path) -> list[dict]:
+    """A rollout in Qwen's message format: system, user, then assistant and tool in turn. Images are paths relative to
+    `folder`, in which they are stored under their digests."""
+
+    def content(images: Sequence, text: str) -> list[dict]:
+        return [*({"type": "image", "image": store_image(i, folder)} for i in images), {"type": "text", "text": text}]
+
+    messages = [{"role": "system", "content": data.SYSTEM_PROMPT}]
+    messages.append({"role": "user", "content": content(rollout.problem.images, rollout.problem.question)})
+    observations = iter(rollout.observations)
+    spans = groupby(zip(rollout.ids, rollout.mask), key=lambda token: token[1])
+    for ids in ([i for i, _ in span] for sampled, span in spans if sampled):
+        if messages[-1]["role"] == "assistant":
+            observation = next(observations)
+            messages.append({"role": "tool", "content": content(observation.images, observation.text)})
+        text = policy.tokenizer.decode(ids[:-1] if ids[-1] in policy.eos else ids)
+        messages.append({"role": "assistant", "content": f"<think>\n{text}"})
+    return messages
+
+
+def store_image(image, folder: Path) -> str:
+    """Write an image (a problem's, or a tool's PIL image as PNG) into folder/images, once; returns its path there."""
+    if isinstance(image, Path):
+        image = image.read_bytes()
+    elif not isinstance(image, bytes):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        image = buffer.getvalue()
+    name = f"images/{data.digest(image)[:32]}"
+    if not (folder / name).exists():
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / f"{name}.draft").write_bytes(image)
+        os.replace(folder / f"{name}.draft", folder / name)
+    return name
+
+
+class TrajectoryFile(Sequence):
+    """The rows {messages} of a JSONL file as rollouts, each read and encoded when it is drawn. All are checked first.
+    The system message is the policy's own prompt, whatever the file says; a user's or a tool's images precede its
+    text."""
+
+    def __init__(self, path: Path, policy: Policy):
+        self.path, self.policy, self.places, place = path, policy, [], 0
+        for number, row in enumerate(read_lines(path), 1):
+            try:
+                self.parse(row)
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
+                what = f"lacks {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{path}: trajectory {number} is not in the message format: {what}") from error
+        with open(path, "rb") as file:
+            for line in file:
+                self.places += [place] if line.strip() else []
+                place += len(line)
+        if not self.places:
+            raise ValueError(f"{path} holds no trajectory")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Rollout:
+        with open(self.path, "rb") as file:
+            file.seek(self.places[i])
+            problem, turns = self.parse(json.loads(file.readline()))
+        images = ([] if isinstance(turn, str) else [data.open_image(path) for path in turn.images] for turn in turns)
+        turns = [turn if isinstance(turn, str) else replace(turn, images=found) for turn, found in zip(turns, images)]
+        return to_rollout(self.policy, problem, turns)
+
+    def parse(self, row: dict) -> tuple[Problem, list[str | Observation]]:
+        """(problem, turns) of a row, the images as paths."""
+        asked, *rest = [m for m in row["messages"] if m["role"] != "system"]
+        roles = ["assistant" if m["role"] == "assistant" else "tool" for m in rest]
+        if asked["role"] != "user" or roles != [("assistant", "tool")[k % 2] for k in range(len(rest) | 1)]:
+            raise ValueError("a user's message must be followed by the assistant's and a tool's in turn")
+        turns: list[str | Observation] = []
+        for role, (images, text) in zip(roles, map(self.content, rest)):
+            if role == "tool":
+                framed = re.fullmatch(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", text, re.DOTALL)
+                turns.append(Observation(framed[1] if framed else text, images, True))
+            else:  # the prompt has opened the thinking
+                text = text if "</think>" in text else f"\n</think>\n\n{text}"
+                turns.append(re.sub(r"^\s*<think>\n?", "", text).rstrip())
+        images, question = self.content(asked)
+        return Problem(str(row.get("id", "")), question, tuple(images), (), "text"), turns
+
+    def content(self, message: dict) -> tuple[list[Path], str]:
+        """(images, text) of a message."""
+        parts = message["content"]
+        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        images = [self.path.parent / part["image"] for part in parts if part["type"] == "image"]
+        if missing := [image for image in images if not image.is_file()]:
+            raise ValueError(f"there is no image {missing[0]}")
+        return images, "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def leave_out_solved(problems: Sequence[Problem], files: str) -> list[Problem]:
+    """The paper's filter, from stats files: without what the student (first file) always and the teacher (second file)
+    never solved."""
+    paths = [Path(part.strip()) for part in files.split(",")]
+    rows = [(k, row) for k, path in enumerate(paths) for row in read_lines(path)]
+    if len(paths) > 2 or any({"id", "solved", "n"} - row.keys() for _, row in rows):
+        raise ValueError(f"--keep_unsolved {files}: give one or two stats files, with rows of id, solved and n")
+    dropped = {row["id"] for k, row in rows if row["solved"] == (row["n"] if k == 0 else 0)}
+    kept = [problem for problem in problems if problem.id not in dropped]
+    if not kept:
+        raise ValueError(f"--keep_unsolved {files} leaves none of {len(problems)} problems")
+    print(f"{len(kept)} of {len(problems)} problems are neither always solved nor never")
+    return kept
+
+
 def to_rollout(policy: Policy, problem: Problem, turns: Sequence[str | Observation]) -> Rollout:
     """A trajectory in text (assistant, observation, assistant, ...) as the rollout it would have been, the assistant's
     tokens masked 1."""
@@ -1054,7 +1205,9 @@ def train_rl(policy: Policy, problems: Sequence[Problem], held_out: Sequence[Pro
         if cfg.show_every and step % cfg.show_every == 0:
             run.show(step + 1, batch, policy)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-            metrics |= {f"eval_{k}": v for k, v in evaluate(policy, held_out, cfg)["all"].items()}
+            with tempfile.TemporaryDirectory() as folder:
+                parts = evaluate(policy, held_out, cfg, Path(folder) / "rollouts.jsonl")
+            metrics |= {f"eval_{k}": v for k, v in parts["all"].items() if isinstance(v, float | int)}
         run.log(metrics)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             run.checkpoint("rl", step + 1, policy, optimizer)
@@ -1101,8 +1254,17 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     }
 
 
-def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config) -> dict[str, dict[str, float]]:
-    """Pass@1, Pass@k and how they came about, over all problems and per data set and tool family."""
+# What a row of an evaluation's dump says of its problem, so that it can be graded again.
+PROBLEM_FIELDS = ("id", "question", "answers", "kind", "options", "source", "category")
+JUDGED = ("mmsearch",)  # exact match cannot decide: the paper asks a judge here
+PAPER = {  # Pass@1 and Pass@4, the mean of the nine sets
+    8: {"8B": (54.4, 69.6), "8B SFT": (58.5, 72.2), "8B SFT+GRPO": (60.5, 74.0), "8B SFT+AXPO": (62.3, 75.8)},
+    32: {"32B": (62.9, 75.1)},
+}
+
+
+def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path) -> dict[str, dict]:
+    """Dump every rollout to `path`, from where a killed evaluation goes on, and return `evaluation_parts`."""
     sampling = Sampling(
         cfg.eval_temperature,
         cfg.eval_top_p,
@@ -1111,48 +1273,142 @@ def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config) -> dict[s
         cfg.eval_max_turns,
         cfg.eval_max_response_tokens,
     )
-    groups = rollout_groups(policy, problems, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30))
-    parts = {"all": groups}
-    for group in groups:
-        parts.setdefault(f"{group[0].problem.source}/{group[0].problem.category}".strip("/"), []).append(group)
-    return {name: evaluation_metrics(part) for name, part in parts.items()}
+    judge = make_judge(cfg, path)
+
+    def rows(r: Rollout) -> list[dict]:
+        row = {name: getattr(r.problem, name) for name in PROBLEM_FIELDS}
+        row |= {"stop": r.stop, "calls": [asdict(call) for call in r.calls], "response": r.response}
+        row |= {"reward": evaluation_reward(row, judge), "prompt_len": r.prompt_len, "ids": r.ids, "mask": r.mask}
+        text = policy.tokenizer.decode([i for i in r.ids[r.prompt_len :] if i != policy.image_id])
+        return [row | {"response_length": len(r.ids) - r.prompt_len, "text": text}]
+
+    rollouts_to_file(policy, problems, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30), path, rows)
+    return evaluation_parts(read_lines(path))
 
 
-def evaluation_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """One row of the evaluation's table. Shares are of 1."""
-    rollouts = [r for group in groups for r in group]
-    n = len(groups[0])
-    return {
-        "problems": len(groups),
-        "pass@1": mean(r.reward for r in rollouts),
-        f"pass@{n}": mean(pass_at_k(n, int(sum(r.reward for r in group)), n) for group in groups),
-        "tool_use": mean(r.used_tool for r in rollouts),
-        "right_with_tool": mean(r.reward for r in rollouts if r.used_tool),
-        "right_without": mean(r.reward for r in rollouts if not r.used_tool),
-        "truncated": mean(r.stop in ("length", "turns") for r in rollouts),
-        "response_length": mean(len(r.ids) - r.prompt_len for r in rollouts),
+def make_judge(cfg: Config, path: Path) -> Judge | None:
+    return Judge(cfg.judge_url, cfg.judge_model, path.with_name("verdicts.jsonl")) if cfg.judge_url else None
+
+
+def evaluation_reward(row: dict, judge: Judge | None = None) -> float:
+    """The reward of a dumped rollout: as in training, but with DynaMath's tolerance and, if there is one, the judge."""
+    if row["stop"] != "answer":
+        return 0.0
+    problem = Problem(images=(), **{name: row[name] for name in PROBLEM_FIELDS})
+    if judge and problem.source in JUDGED:
+        return judge.grade(problem, row["response"])
+    return grade(problem, row["response"], 1e-3 if problem.source == "dynamath" else 0.0)
+
+
+def regrade(cfg: Config) -> None:
+    """Grade a dump again, without a model: the table goes to NAME.results.md and .json beside it."""
+    path = Path(cfg.regrade)
+    judge = make_judge(cfg, path)
+    try:
+        parts = evaluation_parts(row | {"reward": evaluation_reward(row, judge)} for row in read_lines(path))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no dump of an evaluation: a row lacks {error}") from error
+    print(save_results({path.stem: parts}, path.with_suffix(".results.md"), cfg))
+
+
+def evaluation_parts(rows: Iterable[dict]) -> dict[str, dict]:
+    """`evaluation_metrics` of all sets together, of each, and of each category."""
+    kept = ("id", "reward", "stop", "calls", "response_length")
+    sets: dict[str, list] = {}
+    categories: dict[str, list] = {}
+    for row in rows:
+        slim = {name: row[name] for name in kept}
+        sets.setdefault(row["source"], []).append(slim)
+        categories.setdefault(f"{row['source']}/{row['category']}", []).append(slim)
+    if not sets:
+        raise ValueError("there is nothing to evaluate: the dump holds no rollout")
+    parts = {"all": evaluation_metrics(list(sets.values()))}
+    several = sets if len(sets) > 1 else {}
+    return parts | {
+        name: evaluation_metrics([part])
+        for name, part in sorted([*several.items(), *categories.items()])
+        if not name.endswith("/")
     }
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def evaluation_metrics(sets: Sequence[Sequence[dict]]) -> dict:
+    """One row of the evaluation's table: the mean over the sets of what each has, with 95 % intervals of a bootstrap
+    over problems. Shares are of 1."""
+    columns: list[dict[str, float]] = []
+    draws: dict[str, list] = {}
+    rng = np.random.default_rng(0)
+    for rows in sets:
+        groups: dict[str, list[float]] = {}
+        for row in rows:
+            groups.setdefault(row["id"], []).append(row["reward"])
+        n = min(map(len, groups.values()))
+        again = rng.integers(len(groups), size=(1000, len(groups)))
+        passes = {"pass@1": [mean(rewards) for rewards in groups.values()]}
+        passes[f"pass@{n}"] = [pass_at_k(len(x), int(sum(x)), n) for x in groups.values()]
+        for name, values in passes.items():
+            draws.setdefault(name, []).append(np.array(values)[again].mean(1))
+        columns.append(
+            {name: mean(values) for name, values in passes.items()}
+            | {
+                "tool_use": mean(bool(row["calls"]) for row in rows),
+                "right_with_tool": mean(row["reward"] for row in rows if row["calls"]),
+                "right_without": mean(row["reward"] for row in rows if not row["calls"]),
+                "truncated": mean(row["stop"] in ("length", "turns") for row in rows),
+                "response_length": mean(row["response_length"] for row in rows),
+            }
+        )
+    means = {name: mean(c[name] for c in columns if c[name] == c[name]) for name in columns[0]}
+    intervals = {name: np.percentile(np.mean(d, 0), (2.5, 97.5)).tolist() for name, d in draws.items()}
+    return {"problems": len({row["id"] for rows in sets for row in rows})} | means | {"intervals": intervals}
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
     """{checkpoint: what evaluate returned} as a Markdown table, the checkpoints of one data set below each other."""
     counts = ("problems", "response_length")
-    columns = list(dict.fromkeys(c for parts in results.values() for row in parts.values() for c in row))
+    rows = [row for parts in results.values() for row in parts.values()]
+    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if c != "intervals"]
     lines = ["| data | checkpoint | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+
+    def cell(row: dict, name: str) -> str:
+        value = row.get(name, math.nan)
+        if value != value:
+            return "-"
+        low_high = row.get("intervals", {}).get(name)
+        interval = " [{:.1f}, {:.1f}]".format(*(100 * x for x in low_high)) if low_high else ""
+        return f"{value:.0f}" if name in counts else f"{100 * value:.1f} %{interval}"
+
     for part in dict.fromkeys(p for parts in results.values() for p in parts):
         for checkpoint, parts in results.items():
-            cells = [f"{v:.0f}" if c in counts else f"{100 * v:.1f} %" for c, v in parts[part].items()]
-            lines.append(f"| {part} | {checkpoint} | " + " | ".join(cells) + " |")
-    return "\n".join(lines).replace("nan %", "-")
+            if part in parts:
+                lines.append(f"| {part} | {checkpoint} | " + " | ".join(cell(parts[part], c) for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def save_results(results: dict[str, dict[str, dict]], path: Path, cfg: Config, billions: float = 0.0) -> str:
+    """Write the table (Markdown) to `path` and the numbers beside it (JSON), and return the table. Where all nine sets
+    were evaluated, the paper's figures for the nearest model size (0: every size) stand below."""
+    sets = {part.split("/")[0] for parts in results.values() for part in parts}
+    if sets.issuperset(data.MIXES["paper-eval"].split(",")):
+        for size in [min(PAPER, key=lambda size: abs(size - billions))] if billions else PAPER:
+            for name, figures in PAPER[size].items():
+                row = dict(zip(("pass@1", "pass@4"), (figure / 100 for figure in figures)))
+                results = results | {f"paper, {name}": {"all": row}}
+    text = table(results)
+    if sets.intersection(JUDGED) and not cfg.judge_url:
+        text = re.sub(rf"^\| ({'|'.join(JUDGED)}|all)(?=[ /])", r"| \1*", text, flags=re.MULTILINE)
+        text += f"\n\n\\* {', '.join(JUDGED)}: by exact match and token F1, for want of a judge (--judge_url)"
+    write(path, text + "\n")
+    write(path.with_suffix(".json"), json.dumps(results, indent=1))
+    return text
 
 
 # ======================================================================================================================
 # 10. The run's folder: logs, checkpoints, pictures
 # ======================================================================================================================
 class Run:
-    """runs/NAME: config.json, metrics.jsonl, curves.png, rollouts.txt, results.md, the checkpoints sft/ and rl/
-    (Hugging Face format) and, while a stage runs, STAGE.step-N/ with the optimizer beside the model. The same command
-    started again goes on from there."""
+    """runs/NAME: config.json, metrics.jsonl, curves.png, rollouts.txt, results.md and .json, the rollouts of each
+    evaluation, distilled trajectories, the checkpoints sft/ and rl/ (Hugging Face format) and, while a stage runs,
+    STAGE.step-N/ with the optimizer beside the model. The same command started again goes on from there."""
 
     FREE = {"stage", "steps", "sft_steps", "save_every", "show_every", "log_with", "threads", "output_dir", "name"}
 
@@ -1164,7 +1420,7 @@ class Run:
         if path.exists():
             before = json.loads(path.read_text())
             for key, value in asdict(cfg).items():
-                if key not in self.FREE and before.get(key) != value:
+                if key not in self.FREE and before.get(key, value) != value:
                     was = f"{self.folder} was begun with --{key} {before.get(key)}, not {value}"
                     raise ValueError(f"{was}: give another --name, or delete the folder")
         write(path, json.dumps(asdict(cfg), indent=1))
@@ -1182,8 +1438,7 @@ class Run:
 
     def log(self, metrics: dict) -> None:
         """One line to metrics.jsonl, the tracker and, in RL, the screen."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        append_lines(self.folder / "metrics.jsonl", [metrics])
         values = {f"{metrics['stage']}/{k}": v for k, v in metrics.items() if k not in ("stage", "step")}
         self.accelerator.log(values, step=metrics["step"])
         if metrics["stage"] == "sft":
@@ -1226,9 +1481,7 @@ class Run:
             step = state["step"]
             print(f"going on with {stage} after step {step}, from {kept[-1]}")
         path = self.folder / "metrics.jsonl"
-        if path.exists():
-            rows = [row for row in read_lines(path) if row["stage"] != stage or row["step"] <= step]
-            write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        keep_lines(path, lambda row: row["stage"] != stage or row["step"] <= step)
         return step
 
     def finish(self, stage: str, policy: Policy) -> None:
@@ -1299,10 +1552,33 @@ class Run:
         os.replace(self.folder / "curves.draft.png", self.folder / "curves.png")
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> Iterator[dict]:
     """The rows of a JSONL file; a last line that a kill cut short is left out."""
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with open(path, newline="\n", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as error:
+                if line.endswith("\n"):
+                    raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
+
+
+def append_lines(path: Path, rows: Iterable[dict]) -> None:
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def keep_lines(path: Path, wanted) -> None:
+    """Rewrite a JSONL file, new if need be, with the wanted rows alone; it can be appended to afterwards."""
+    path.touch()
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text("")
+    for row in filter(wanted, read_lines(path)):
+        append_lines(draft, [row])
+    os.replace(draft, path)
 
 
 def write(path: Path, text: str) -> None:
@@ -1630,20 +1906,25 @@ def main(cfg: Config) -> None:
     print(f"{start_tools(cfg)}\nrun: {run.folder}")
     if cfg.log_with != "none":
         accelerator.init_trackers("axpo", config=asdict(cfg))
+    if cfg.stage == "distil":
+        path = run.folder / "trajectories.jsonl"
+        distil(load_policy(cfg.model, accelerator.device), data.load(cfg.data, None, cfg.seed), cfg, path)
+        print(f"right trajectories: {path}")
+        return
     held_out = data.load(cfg.eval_data, cfg.eval_limit or None, cfg.seed)
     results = {}
 
     def assess(policy: Policy, checkpoint: str) -> None:
-        path = run.folder / f"results.{checkpoint}.json"
-        if not path.exists():
-            write(path, json.dumps(evaluate(policy, held_out, cfg)))
-        results[checkpoint] = json.loads(path.read_text())
+        results[checkpoint] = evaluate(policy, held_out, cfg, run.folder / f"rollouts.{checkpoint}.jsonl")
 
     policy = load_policy(cfg.model, accelerator.device)
     if cfg.stage in ("all", "sft"):
         if not run.final("sft").exists():
-            trajectories = data.trajectories(cfg.data, cfg.sft_trajectories, cfg)
-            rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
+            if cfg.trajectories:
+                rollouts = TrajectoryFile(Path(cfg.trajectories), policy)
+            else:
+                trajectories = data.trajectories(cfg.data, cfg.sft_trajectories, cfg)
+                rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
             train_sft(policy, rollouts, cfg, run)
             run.finish("sft", policy)
         policy = load_policy(str(run.final("sft")), accelerator.device)
@@ -1651,18 +1932,20 @@ def main(cfg: Config) -> None:
         assess(policy, "start" if cfg.stage == "eval" else "sft")
     if cfg.stage in ("all", "rl"):
         if not run.final("rl").exists():
-            train_rl(policy, data.load(cfg.data, None, cfg.seed), held_out, cfg, run)
+            problems = data.load(cfg.data, None, cfg.seed)
+            problems = leave_out_solved(problems, cfg.keep_unsolved) if cfg.keep_unsolved else problems
+            train_rl(policy, problems, held_out, cfg, run)
             run.finish("rl", policy)
         policy = load_policy(str(run.final("rl")), accelerator.device)
         assess(policy, cfg.algo)
-    text = table(results)
-    write(run.folder / "results.md", text + "\n")
-    print(text)
+    billions = sum(p.numel() for p in policy.model.parameters()) / 1e9
+    print(save_results(results, run.folder / "results.md", cfg, billions))
     accelerator.end_training()
 
 
 if __name__ == "__main__":
     try:
-        main(parse(sys.argv[1:]))
-    except ValueError as error:
+        cfg = parse(sys.argv[1:])
+        regrade(cfg) if cfg.regrade else main(cfg)
+    except (ValueError, ConnectionError) as error:
         sys.exit(f"axpo.py: {error}")

@@ -1887,6 +1887,188 @@ def test_another_configuration_in_the_same_folder_is_refused(whole_run):
     assert done.returncode != 0 and "--lr" in done.stderr and "Traceback" not in done.stderr
 
 
+# The toy and a small JSONL of one's own: sft -> distil -> sft -> rl -> eval, through the command line
+OWN = "--threads 1 --sft_lr 3e-3 --sft_batch 8 --sft_steps 60 --steps 1 --questions_per_step 2 --rollouts_per_question 2 --warmup_steps 1 " \
+    "--max_response_tokens 60 --eval_max_response_tokens 60 --eval_rollouts 2 --eval_presence_penalty 0 --micro_batch_tokens 4096 " \
+    "--data mine.jsonl,toy:6 --eval_data mine.jsonl"  # fmt: skip
+RED = "It may be red.\n</think>\n\n<answer>\\boxed{red}</answer>"
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """A folder with mine.jsonl (6 problems, 4 with the answer red) and hand.jsonl (trajectories that say red), in which
+    every stage has run."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "town.png").write_bytes(data.toy_problems("test", 1)[0].images[0])
+    image = {"type": "image", "image": "town.png"}
+    problems = [{"question": f"What colour is {k}?", "images": ["town.png"] * (k % 2), "answer": ("red", "blue")[k > 4]} for k in range(1, 7)]  # fmt: skip
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    call = 'I use a tool.\n</think>\n\n<tool_call>\n{"name": "image_zoom_in", "arguments": {"bbox_2d": [0, 0, 90, 90], "label": "flag"}}\n</tool_call>'
+
+    def asked(k):
+        return {"role": "user", "content": [image] * (k % 2) + [{"type": "text", "text": f"What colour is {k}?"}]}
+
+    rows = [{"messages": [asked(k), {"role": "assistant", "content": f"<think>\n{RED}"}]} for k in range(1, 7)]
+    tool = [
+        {"role": "assistant", "content": call},
+        {"role": "tool", "content": [image, {"type": "text", "text": "Image 1"}]},
+    ]
+    rows.append({"messages": [{"role": "system", "content": "ignored"}, asked(1), *tool, rows[0]["messages"][1]]})
+    (folder / "hand.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "none.jsonl").write_text('{"id": "mine/0", "solved": 0, "n": 4}\n')
+    stages = [
+        "--stage sft --model toy --name hand --trajectories hand.jsonl",
+        "--stage distil --model runs/hand/sft --name distil --distil_rollouts 3",
+        "--stage all --model runs/hand/sft --name chain --sft_steps 2 --sft_lr 1e-5 --trajectories runs/distil/trajectories.jsonl "
+        "--keep_unsolved runs/distil/stats.trajectories.jsonl,none.jsonl",
+    ]
+    outs = []
+    for stage in stages:
+        command = [sys.executable, str(HERE / "axpo.py"), *OWN.split(), *stage.split()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+        assert done.returncode == 0, stage + done.stderr[-2000:]
+        outs.append(done.stdout)
+    return folder, outs[-1]
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_distil_keeps_right_trajectories_as_messages_ids_and_mask_with_their_images(own_run, policy):
+    folder = own_run[0] / "runs/distil"
+    rows, stats = jsonl(folder / "trajectories.jsonl"), jsonl(folder / "stats.trajectories.jsonl")
+    assert [row["id"] for row in stats] == [
+        *(f"mine/{k}" for k in range(6)),
+        *(f"toy-train-{k}" for k in range(6)),
+    ] and {row["n"] for row in stats} == {3}
+    assert sum(row["solved"] for row in stats) == len(rows) > 6 and not {r["id"] for r in rows} & {"mine/4", "mine/5"}
+    read = axpo.TrajectoryFile(folder / "trajectories.jsonl", policy)
+    for row, rollout in zip(rows, read):
+        assert row["messages"][-1]["content"].endswith("<answer>\\boxed{red}</answer>")
+        assert policy.tokenizer.decode(rollout.ids) == policy.tokenizer.decode(row["ids"])
+        ends = (rollout.ids[j] for j, m in enumerate(rollout.mask) if m)
+        assert sum(row["mask"]) > 0 and policy.end in ends
+        for part in row["messages"][1]["content"]:
+            assert part["type"] == "text" or data.open_image(folder / part["image"]).size == (448, 448)
+
+
+def test_rl_leaves_out_what_the_student_always_and_the_teacher_never_solves(own_run):
+    stats = jsonl(own_run[0] / "runs/distil/stats.trajectories.jsonl")
+    dropped = {row["id"] for row in stats if row["solved"] == 3} | {"mine/0"}
+    assert f"\n{12 - len(dropped)} of 12 problems are neither always solved nor never" in own_run[1]
+    problems = data.load(str(own_run[0] / "mine.jsonl"))
+    solved = own_run[0] / "all.jsonl"
+    solved.write_text("".join(json.dumps({"id": f"mine/{k}", "solved": k, "n": 4}) + "\n" for k in range(6)))
+    ids = lambda files: [p.id[-1] for p in axpo.leave_out_solved(problems, files)]  # noqa: E731
+    assert ids(str(solved)) == [*"01235"] and ids(f"{solved},{solved}") == [*"1235"]
+    with pytest.raises(ValueError, match="give one or two stats files"):
+        axpo.leave_out_solved(problems, str(own_run[0] / "mine.jsonl"))
+
+
+def test_evaluation_dumps_every_rollout_and_its_results_come_from_the_dump_alone(own_run, tmp_path):
+    folder = own_run[0] / "runs/chain"
+    rows = jsonl(folder / "rollouts.axpo.jsonl")
+    assert len(rows) == 12 and {len(row["ids"]) - len(row["mask"]) for row in rows} == {0}
+    assert all(row["response"] in row["text"] and row["prompt_len"] for row in rows)
+    results = json.loads((folder / "results.json").read_text())["axpo"]["all"]
+    low, high = results["intervals"]["pass@1"]
+    assert 0 <= low <= results["pass@1"] <= high <= 1
+    assert results["pass@1"] == pytest.approx(sum(row["reward"] for row in rows) / 12)
+    assert "| all | axpo |" in (folder / "results.md").read_text() and "| all | sft | 6 |" in own_run[1]
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("".join(json.dumps(row | {"answers": ["blue"]}) + "\n" for row in rows))
+    done = run(sys.executable, HERE / "axpo.py", "--regrade", changed)
+    assert done.returncode == 0 and "| all | changed | 6 |" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "changed.results.json").read_text())["changed"]["all"]["pass@1"] < results["pass@1"]
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 4])
+def test_a_killed_dump_goes_on_without_losing_or_repeating_a_problem(
+    own_run, policy, cfg, tmp_path, monkeypatch, kill_at
+):
+    problems = data.load(str(own_run[0] / "mine.jsonl"))
+    short, real = replace(cfg, max_rows=2, eval_rollouts=2, eval_max_response_tokens=4), axpo.append_lines
+    whole = axpo.evaluate(policy, problems, short, tmp_path / "whole.jsonl")
+
+    class Killed(Exception):
+        pass
+
+    writes = []
+
+    def dying(path, rows):
+        writes.append(path)
+        if not path.name.endswith(".draft") and len(writes) == kill_at + 1:
+            with open(path, "a") as file:
+                file.write(json.dumps(list(rows)[0])[:20])
+            raise Killed
+        real(path, rows)
+
+    monkeypatch.setattr(axpo, "append_lines", dying)
+    with pytest.raises(Killed):
+        axpo.evaluate(policy, problems, short, tmp_path / "killed.jsonl")
+    monkeypatch.setattr(axpo, "append_lines", real)
+    rolled, groups = [], axpo.rollout_groups
+    monkeypatch.setattr(
+        axpo, "rollout_groups", lambda policy, todo, *a: rolled.extend(todo) or groups(policy, todo, *a)
+    )
+    assert axpo.evaluate(policy, problems, short, tmp_path / "killed.jsonl") == whole
+    assert (tmp_path / "killed.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert len(rolled) == 6 - kill_at // 2  # a problem is done when its line of statistics is whole
+
+
+def outcome(source, id, reward, **fields):
+    return {"id": f"{source}/{id}", "source": source, "category": "", "kind": "text", "question": "Where?", "answers": ["Paris"], "options": [],
+            "stop": "answer", "calls": [], "response_length": 1, "reward": reward, "response": response("Paris")} | fields  # fmt: skip
+
+
+def test_all_is_the_mean_of_the_sets_beside_the_papers_figure_and_undecided_sets_are_marked(tmp_path, cfg):
+    names = data.MIXES["paper-eval"].split(",")
+    assert len(names) == 9
+    rows = [outcome(name, k, float(name == "mmsearch" or k == 0)) for name in names for k in range(4) for _ in range(4)]
+    parts = axpo.evaluation_parts(rows)
+    assert parts["vstar"]["pass@1"] == 0.25 and parts["all"]["pass@1"] == pytest.approx((8 * 0.25 + 1) / 9)
+    low, high = parts["all"]["intervals"]["pass@4"]
+    assert parts["mmsearch"]["intervals"]["pass@1"] == [1, 1] and 0.2 < low < parts["all"]["pass@4"] < high < 0.5
+    text = axpo.save_results({"x": parts}, tmp_path / "r.md", cfg, billions=7.6)
+    assert "| all* | paper, 8B SFT+AXPO | - | 62.3 % | 75.8 %" in text and "32B" not in text
+    assert "| mmsearch* | x |" in text and "for want of a judge" in text and "| vstar | x |" in text
+    judged = replace(cfg, judge_url="http://x/v1", judge_model="m")
+    assert "*" not in axpo.save_results({"x": parts}, tmp_path / "r.md", judged, billions=30) and "32B" in (tmp_path / "r.md").read_text()  # fmt: skip
+
+
+def test_evaluation_allows_dynamaths_tolerance_and_asks_the_judge_where_rules_cannot_decide(endpoint, tmp_path):
+    near = {"answers": ["3.142"], "kind": "math", "response": response("3.1425")}
+    assert axpo.evaluation_reward(outcome("dynamath", 0, 0.0, **near)) == 1.0
+    assert axpo.evaluation_reward(outcome("mathvision", 0, 0.0, **near)) == 0.0
+    assert axpo.evaluation_reward(outcome("vstar", 0, 1.0, stop="length")) == 0.0
+    Replies.replies = ["yes"]
+    told = {"response": response("the French capital")}
+    judge = axpo.Judge(endpoint, "small", tmp_path / "verdicts.jsonl")
+    assert axpo.evaluation_reward(outcome("mmsearch", 0, 0.0, **told), judge) == 1.0
+    assert axpo.evaluation_reward(outcome("vstar", 0, 0.0, **told), judge) == 0.0 and len(Replies.asked) == 1
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"text": "x"}, "trajectory 1 is not in the message format: lacks 'messages'"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "must be followed by the assistant's"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}, {"role": "assistant", "content": "x"}]}, "there is no image"),
+    ("", "holds no trajectory"),
+])  # fmt: skip
+def test_a_bad_trajectory_file_is_one_sentence(tmp_path, policy, row, says):
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) if row else "")
+    with pytest.raises(ValueError, match=says):
+        axpo.TrajectoryFile(tmp_path / "t.jsonl", policy)
+
+
+def test_data_defaults_follow_model_and_stage():
+    names = lambda *a: (lambda c: (c.data, c.eval_data))(axpo.Config(**dict(x.split("=") for x in a)))  # noqa: E731
+    assert names() == names("model=x", "data=toy") == names("stage=eval", "data=toy") == ("toy", "toy-test")
+    assert names("model=x") == ("paper-rl", "paper-eval") and names("model=x", "stage=distil")[0] == "paper-sft"
+    assert names("model=x", "stage=eval", "data=vstar,dynamath")[1] == "vstar,dynamath"
+    assert names("model=x", "stage=rl", "data=fvqa:9") == ("fvqa:9", "paper-eval")
+
+
 def test_importing_the_modules_has_no_side_effects(tmp_path):
     code = "import os, sys; sys.path.insert(0, sys.argv[1]); import axpo, data, tools; assert not os.listdir('.'); assert 'matplotlib' not in sys.modules"
     done = subprocess.run([sys.executable, "-B", "-c", code, str(HERE)], cwd=tmp_path, capture_output=True, text=True)
