@@ -1983,6 +1983,41 @@ def test_evaluation_dumps_every_rollout_and_its_results_come_from_the_dump_alone
     assert json.loads((tmp_path / "changed.results.json").read_text())["changed"]["all"]["pass@1"] < results["pass@1"]
 
 
+def test_tool_calls_and_their_images_survive_the_way_through_a_file_of_messages(monkeypatch, policy, cfg, tmp_path):
+    problem = data.toy_problems("train", 1)[0]
+    prompt = policy.prompt(problem)
+    script = zoom_twice(policy, problem)
+    (rollout,) = play(monkeypatch, policy, [prompt.fork(len(prompt.ids), (0,))], {(0,): script}, cfg)
+    messages = axpo.to_messages(policy, rollout, tmp_path)
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant", "tool", "assistant"]
+    assert len(list((tmp_path / "images").iterdir())) == 3  # the picture and two crops
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": messages}))
+    (again,) = axpo.TrajectoryFile(tmp_path / "t.jsonl", policy)
+    assert again.ids == rollout.ids and again.mask == rollout.mask
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(again.pictures, rollout.pictures, strict=True))
+
+
+def test_a_killed_distillation_neither_loses_nor_repeats_a_trajectory(policy, cfg, tmp_path, monkeypatch):
+    problems, short = data.toy_problems("train", 4), replace(cfg, max_rows=2, distil_rollouts=2, max_response_tokens=4)
+    groups = axpo.rollout_groups
+
+    def right(*arguments):  # two rollouts a problem, the first of them right
+        for group in (found := groups(*arguments)):
+            group[0].reward = 1.0
+        return found
+
+    monkeypatch.setattr(axpo, "rollout_groups", right)
+    (tmp_path / "a").mkdir()
+    axpo.distil(policy, problems, short, tmp_path / "a/t.jsonl")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    whole, stats = ((tmp_path / "a" / name).read_text() for name in ("t.jsonl", "stats.t.jsonl"))
+    assert [row["solved"] for row in jsonl(tmp_path / "a/stats.t.jsonl")] == [1] * 4 and whole.count("\n") == 4
+    (tmp_path / "b/t.jsonl").write_text("".join(whole.splitlines(True)[:3])[:-30])  # the third cut short,
+    (tmp_path / "b/stats.t.jsonl").write_text("".join(stats.splitlines(True)[:2]) + stats[:9])  # two complete
+    axpo.distil(policy, problems, short, tmp_path / "b/t.jsonl")
+    assert (tmp_path / "b/t.jsonl").read_text() == whole and (tmp_path / "b/stats.t.jsonl").read_text() == stats
+
+
 @pytest.mark.parametrize("kill_at", [1, 3, 4])
 def test_a_killed_dump_goes_on_without_losing_or_repeating_a_problem(
     own_run, policy, cfg, tmp_path, monkeypatch, kill_at
