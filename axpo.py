@@ -16,6 +16,7 @@ often fail, so that a call never earns credit. AXPO is GRPO plus one move for ex
     torchrun axpo.py                      # SFT, RL and evaluation of a tiny model in a toy world, on a CPU
     torchrun axpo.py --algo grpo          # the baseline
     torchrun axpo.py --stage eval --model runs/toy-axpo/rl --data toy     # one stage, from any Qwen3-VL checkpoint
+    torchrun axpo.py --stage eval --model Qwen/Qwen3-VL-8B-Thinking       # the paper's nine benchmarks
 
 Shapes: B questions, N rollouts each, K continuations per prefix, S streams (rows that are trained on), T tokens,
 V vocabulary. The paper's symbols, here:
@@ -33,7 +34,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import io
 import json
 import math
 import operator
@@ -1042,7 +1042,10 @@ def to_messages(policy: Policy, rollout: Rollout, folder: Path) -> list[dict]:
     `folder`, in which they are stored under their digests."""
 
     def content(images: Sequence, text: str) -> list[dict]:
-        return [*({"type": "image", "image": store_image(i, folder)} for i in images), {"type": "text", "text": text}]
+        return [
+            *({"type": "image", "image": data.store_image(i, folder)} for i in images),
+            {"type": "text", "text": text},
+        ]
 
     messages = [{"role": "system", "content": data.SYSTEM_PROMPT}]
     messages.append({"role": "user", "content": content(rollout.problem.images, rollout.problem.question)})
@@ -1057,32 +1060,14 @@ def to_messages(policy: Policy, rollout: Rollout, folder: Path) -> list[dict]:
     return messages
 
 
-def store_image(image, folder: Path) -> str:
-    """Write an image (a problem's, or a tool's PIL image as PNG) into folder/images, once; returns its path there."""
-    if isinstance(image, Path):
-        image = image.read_bytes()
-    elif not isinstance(image, bytes):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        image = buffer.getvalue()
-    name = f"images/{data.digest(image)[:32]}"
-    if not (folder / name).exists():
-        (folder / "images").mkdir(exist_ok=True)
-        (folder / f"{name}.draft").write_bytes(image)
-        os.replace(folder / f"{name}.draft", folder / name)
-    return name
-
-
 class TrajectoryFile(Sequence):
-    """The rows {messages} of a JSONL file as rollouts, each read and encoded when it is drawn. All are checked first.
-    The system message is the policy's own prompt, whatever the file says; a user's or a tool's images precede its
-    text."""
+    """The rows {messages} of a JSONL file as rollouts, each read and encoded when drawn. All are checked first."""
 
     def __init__(self, path: Path, policy: Policy):
-        self.path, self.policy, self.places, place = path, policy, [], 0
+        self.path, self.policy, self.places, place, number = path, policy, [], 0, 0
         for number, row in enumerate(read_lines(path), 1):
             try:
-                self.parse(row)
+                data.read_trajectory(row, path.parent)
             except (LookupError, TypeError, AttributeError, ValueError) as error:
                 what = f"lacks {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{path}: trajectory {number} is not in the message format: {what}") from error
@@ -1090,6 +1075,7 @@ class TrajectoryFile(Sequence):
             for line in file:
                 self.places += [place] if line.strip() else []
                 place += len(line)
+        del self.places[number:]  # a last line that a kill cut short
         if not self.places:
             raise ValueError(f"{path} holds no trajectory")
 
@@ -1099,36 +1085,10 @@ class TrajectoryFile(Sequence):
     def __getitem__(self, i: int) -> Rollout:
         with open(self.path, "rb") as file:
             file.seek(self.places[i])
-            problem, turns = self.parse(json.loads(file.readline()))
+            problem, turns = data.read_trajectory(json.loads(file.readline()), self.path.parent)
         images = ([] if isinstance(turn, str) else [data.open_image(path) for path in turn.images] for turn in turns)
         turns = [turn if isinstance(turn, str) else replace(turn, images=found) for turn, found in zip(turns, images)]
         return to_rollout(self.policy, problem, turns)
-
-    def parse(self, row: dict) -> tuple[Problem, list[str | Observation]]:
-        """(problem, turns) of a row, the images as paths."""
-        asked, *rest = [m for m in row["messages"] if m["role"] != "system"]
-        roles = ["assistant" if m["role"] == "assistant" else "tool" for m in rest]
-        if asked["role"] != "user" or roles != [("assistant", "tool")[k % 2] for k in range(len(rest) | 1)]:
-            raise ValueError("a user's message must be followed by the assistant's and a tool's in turn")
-        turns: list[str | Observation] = []
-        for role, (images, text) in zip(roles, map(self.content, rest)):
-            if role == "tool":
-                framed = re.fullmatch(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", text, re.DOTALL)
-                turns.append(Observation(framed[1] if framed else text, images, True))
-            else:  # the prompt has opened the thinking
-                text = text if "</think>" in text else f"\n</think>\n\n{text}"
-                turns.append(re.sub(r"^\s*<think>\n?", "", text).rstrip())
-        images, question = self.content(asked)
-        return Problem(str(row.get("id", "")), question, tuple(images), (), "text"), turns
-
-    def content(self, message: dict) -> tuple[list[Path], str]:
-        """(images, text) of a message."""
-        parts = message["content"]
-        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        images = [self.path.parent / part["image"] for part in parts if part["type"] == "image"]
-        if missing := [image for image in images if not image.is_file()]:
-            raise ValueError(f"there is no image {missing[0]}")
-        return images, "".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def leave_out_solved(problems: Sequence[Problem], files: str) -> list[Problem]:

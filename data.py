@@ -406,6 +406,54 @@ def _evaluation_images() -> dict[str, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Trajectories as messages
+# ----------------------------------------------------------------------------------------------------------------------
+def store_image(image, folder: Path) -> str:
+    """Write an image (a problem's, or a tool's PIL image as PNG) into folder/images, once; returns its path there."""
+    if isinstance(image, Path):
+        image = image.read_bytes()
+    elif not isinstance(image, bytes):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        image = buffer.getvalue()
+    name = f"images/{digest(image)[:32]}"
+    if not (folder / name).exists():
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / f"{name}.draft").write_bytes(image)
+        os.replace(folder / f"{name}.draft", folder / name)
+    return name
+
+
+def read_trajectory(row: dict, folder: Path) -> tuple[Problem, list[str | Observation]]:
+    """(problem, turns) of a row {messages} in Qwen's format, the images still paths. A system message is left out, as
+    the policy has its own; a user's or a tool's images precede its text. Raises where the row is not of that form."""
+    asked, *rest = [m for m in row["messages"] if m["role"] != "system"]
+    roles = ["assistant" if m["role"] == "assistant" else "tool" for m in rest]
+    if asked["role"] != "user" or roles != [("assistant", "tool")[k % 2] for k in range(len(rest) | 1)]:
+        raise DataError("a user's message must be followed by the assistant's and a tool's in turn")
+    turns: list[str | Observation] = []
+    for role, (images, text) in zip(roles, (_content(message, folder) for message in rest)):
+        if role == "tool":
+            framed = re.fullmatch(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", text, re.DOTALL)
+            turns.append(Observation(framed[1] if framed else text, images, True))
+        else:  # the prompt has opened the thinking
+            text = text if "</think>" in text else f"\n</think>\n\n{text}"
+            turns.append(re.sub(r"^\s*<think>\n?", "", text).rstrip())
+    images, question = _content(asked, folder)
+    return Problem(str(row.get("id", "")), question, tuple(images), (), "text"), turns
+
+
+def _content(message: dict, folder: Path) -> tuple[list[Path], str]:
+    """(images, text) of a message."""
+    parts = message["content"]
+    parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+    images = [folder / part["image"] for part in parts if part["type"] == "image"]
+    if missing := [image for image in images if not image.is_file()]:
+        raise DataError(f"there is no image {missing[0]}")
+    return images, "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The toy world: the Thinking-Acting gap in miniature
 #
 # A name decides what a tool must be asked: where the flag of Mira stands (image_zoom_in), how many eggs a box of Mira
