@@ -1096,7 +1096,7 @@ def leave_out_solved(problems: Sequence[Problem], files: str) -> list[Problem]:
     never solved."""
     paths = [Path(part.strip()) for part in files.split(",")]
     rows = [(k, row) for k, path in enumerate(paths) for row in read_lines(path)]
-    if len(paths) > 2 or any({"id", "solved", "n"} - row.keys() for _, row in rows):
+    if len(paths) > 2 or not all(isinstance(row, dict) and row.keys() >= {"id", "solved", "n"} for _, row in rows):
         raise ValueError(f"--keep_unsolved {files}: give one or two stats files, with rows of id, solved and n")
     dropped = {row["id"] for k, row in rows if row["solved"] == (row["n"] if k == 0 else 0)}
     kept = [problem for problem in problems if problem.id not in dropped]
@@ -1778,8 +1778,9 @@ class Judge:
 
     def __init__(self, url: str, model: str, cache: Path | None = None, timeout: float = 60.0, retries: int = 4):
         self.url, self.model, self.cache, self.timeout, self.retries = url.rstrip("/"), model, cache, timeout, retries
-        lines = cache.read_text().splitlines() if cache and cache.exists() else []
-        self.verdicts = {tuple(key): reward for key, reward in map(json.loads, lines)}
+        if cache:
+            keep_lines(cache, lambda verdict: True)
+        self.verdicts = {tuple(key): reward for key, reward in (read_lines(cache) if cache else [])}
 
     def grade(self, problem: Problem, response: str) -> float:
         """1.0 or 0.0; ConnectionError, in one sentence, if the judge stays silent after the retries."""
@@ -1844,7 +1845,7 @@ def parse(arguments: Sequence[str]) -> Config:
     parser.error = lambda message: sys.exit(f"axpo.py: {message} (--help explains every option)")
     if "-h" not in arguments and "--help" not in arguments:
         first = parser.parse_known_args(arguments)[0]
-        if (first.data or first.model) in ("toy", "toy-test"):
+        if (first.data or first.model) in ("toy", "toy-test") and not first.regrade:
             parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
     try:
         return parser.parse_args_into_dataclasses(arguments)[0]
