@@ -1,35 +1,45 @@
-"""Problems to learn from and to be measured on, and the toy world, in which the pipeline runs without a download."""
+"""Problems: nine benchmarks, four training sets, mixtures of them, JSON-lines files of your own, and the toy world.
+
+    load("vstar")                     the whole set; images stay encoded until `open_image`
+    load("virl39k,fvqa:500", 1000)    a mixture (500 problems of FVQA), of which 1000 are drawn by index with a seed
+    load("mine.jsonl")                a problem per line: question, images (paths relative to the file), answer or
+                                      answers (gold first); if you like id, kind (math, choice, text), options, category
+
+Questions are stored complete, options included, without image tags or instructions. All that is special about a set is
+its entry in SETS. Where the paper leaves its data open: MMSearch keeps its text-only rows, DynaMath is variant 1, and
+HR-Bench keeps one of the four orders in which it asks each question, so its figure is not the mean over four that
+others publish. The toy world, in which the whole pipeline runs without a download, comes last.
+"""
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import csv
+import hashlib
 import io
+import itertools
 import json
+import logging
+import os
 import random
 import re
+import sys
+import zipfile
 import zlib
-from dataclasses import dataclass
-from functools import cache
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
+from string import ascii_uppercase
 
 from PIL import Image, ImageDraw
 
 from tools import SCHEMAS, Observation, Toolbox, ToolConfig
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One question. Images stay encoded (bytes) or on disk (Path) and are decoded on use; `answers` has the gold
-    first."""
-
-    id: str
-    question: str
-    images: tuple[bytes | Path, ...]
-    answers: tuple[str, ...]
-    kind: str  # "math", "choice" or "text"
-    options: tuple[str, ...] = ()
-    source: str = ""
-    category: str = ""
-
+log = logging.getLogger(__name__)
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a bad file
 
 SYSTEM_PROMPT = (
     "Think first. Call a tool when looking, computing or searching helps, and think again about what it returns. "
@@ -37,9 +47,412 @@ SYSTEM_PROMPT = (
 )
 
 
+class DataError(ValueError):
+    """Data that cannot be used, and what to do about it, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its images, encoded (bytes) or as a file, and the accepted answers, gold first."""
+
+    id: str
+    question: str
+    images: tuple[bytes | Path, ...]
+    answers: tuple[str, ...]
+    kind: str  # "math", "choice" (the gold is a letter) or "text"
+    options: tuple[str, ...] = ()
+    source: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set lives and what its columns are called; `+` joins several into one field, "" is none."""
+
+    repo: str
+    files: str  # glob of the tables in the repository
+    count: int | None = None  # problems expected; None where no source states it exactly
+    kind: str = ""  # of a gold that is not a letter; "" decides by its look
+    id: str = "id"
+    question: str = "question"
+    answers: str = "answer"
+    category: str = "category"
+    images: str = "image"  # images or their paths
+    options: str = ""
+    kinds: str = ""
+    cycle: str = ""  # only the first value seen is kept
+    revision: str | None = None
+    extra: tuple[str, ...] = ()  # globs of loose images or of archives
+    text_only: bool = False  # rows without an image are real
+    joined: bool = False  # several answers are parts, all demanded, and not aliases
+    training: bool = False  # drops what it shares with an evaluation set, and rows without an answer
+
+
+FIELDS = ("id", "question", "answers", "category", "options", "kinds", "cycle")  # read before any image
+# fmt: off
+SETS = {
+    "mathvision": Source("MathLLMs/MathVision", "data/testmini-*.parquet", 304, "math", category="subject",
+                         images="decoded_image", options="options"),
+    "dynamath": Source("DynaMath/DynaMath_Sample", "data/sample1-*.parquet", 501, answers="ground_truth",
+                       category="subject", images="decoded_image", kinds="answer_type"),
+    "mathvr": Source("gogoduan/Math-VR-bench", "data/test-*.parquet", 2500, "math", answers="answers",
+                     images="+".join(f"image{k}" for k in range(1, 9)), text_only=True, joined=True),
+    "vstar": Source(  # the JSON file beside each image lists the right option first, so it is never read
+        "craigwu/vstar_bench", "test_questions.jsonl", 191, "choice", id="question_id", question="text",
+        answers="label", extra=("direct_attributes/*", "relative_position/*")),
+    "visualprobe": Source("Mini-o3/VisualProbe_Hard", "val.json", 106, "text", id="doc_id", question="problem",
+                          answers="solution", category="data_source", images="images", extra=("data/*",)),
+    **{f"hrbench{size}": Source(  # the TSV streams; the parquet of the same rows may be one row group of gigabytes
+        "DreamMr/HR-Bench", f"hr_bench_{size}.tsv", 200, "choice", id="index", options="A+B+C+D",
+        cycle="cycle_category", revision="83b9013d6293b85dc507e87199ca52517536939c") for size in ("4k", "8k")},
+    "hrmmsearch": Source("sensenova/HR-MMSearch", "data/train-*.parquet", 305, "text", id="sample_id",
+                         question="query", answers="ground_truth", images="query_image"),
+    "mmsearch": Source("CaraJ/MMSearch", "end2end.parquet", 300, "text", id="sample_id", question="query",
+                       answers="gt_answer+alternative_gt_answers", category="area", images="query_image",
+                       text_only=True),
+    "virl39k": Source("TIGER-Lab/ViRL39K", "39Krelease.parquet", 38870, "math", id="qid", extra=("images.zip",),
+                      revision="812ec617dea4bc8a4e751663b88e4ebb7de4d00e", training=True),
+    "fvqa": Source("lmms-lab/FVQA", "fvqa_train.parquet", 4856, "text", id="data_id", question="prompt",
+                   answers="reward_model", images="images", training=True,
+                   revision="bb4a4ff4c9c3fd0382d11f5d7fccd66d0b8428b5"),
+    "pyvision": Source(  # the name of the image archive stands nowhere: any zip, or the folder that it unpacks to
+        "Agents-X/PyVision-Image-RL-Data", "pyvision_image_rl_data.json", category="ability", images="image_path",
+        extra=("*.zip", "pyvision_image_rl_data/*"), training=True),
+    "mmfinereason": Source(
+        "OpenDataArena/MMFineReason-SFT-123K-Qwen3-VL-235B-Thinking", "data/train-*.parquet", category="source",
+        revision="cda6140bfba449bef9e57065a528b7424966e144", text_only=True, training=True),
+}
+# fmt: on
+MIXES = {"paper-sft": "virl39k,fvqa,pyvision", "paper-rl": "virl39k,fvqa,pyvision,mmfinereason:22000"}
+MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not source.training)
+MADE: dict[str, Callable[[], list[Problem]]] = {}  # synthetic problems: name -> maker
+
+
+def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
+    """Problems of a set, a mixture, a paper's mix or a JSON-lines file; raises DataError. `limit` draws that many by
+    index before any image is touched, never a prefix, because sets are ordered. Problems of a training set that share
+    an image with an evaluation set, or with an earlier part of the mixture, are dropped after the draw, and counted in
+    the log."""
+    parts = [_open(part.strip(), seed) for part in MIXES.get(name, name).split(",")]
+    slots = [(k, row) for k, (rows, _) in enumerate(parts) for row in rows]
+    if limit is not None and limit < len(slots):
+        slots = random.Random(seed).sample(slots, limit)
+    problems: list[Problem] = []
+    for k, (_, build) in enumerate(parts):
+        fresh = list(build({row for part, row in slots if part == k}))
+        owners = {digest(ref): problem.source for problem in problems for ref in problem.images}
+        if fresh and fresh[0].source in SETS and SETS[fresh[0].source].training:
+            owners |= _evaluation_images()
+        dropped = Counter()
+        for problem in fresh:
+            owner = next((owners[key] for key in map(digest, problem.images if owners else ()) if key in owners), None)
+            dropped[owner] += 1
+            problems += [] if owner else [problem]
+        for owner in dropped.keys() - {None}:
+            numbers = (fresh[0].source, dropped[owner], len(fresh), owner)
+            log.warning("%s: %d of %d problems share an image with %s: dropped", *numbers)
+    return problems
+
+
 def open_image(ref: bytes | Path) -> Image.Image:
-    """Decode one image reference of a `Problem` to RGB."""
-    return Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref).convert("RGB")
+    """The decoded RGB image; transparent parts become white, as black lines would vanish on black."""
+    try:
+        with Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref) as image:
+            if not image.has_transparency_data:
+                return image.convert("RGB")
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    except BROKEN as error:
+        what = f"{len(ref)} bytes" if isinstance(ref, bytes) else ref
+        raise DataError(f"The image ({what}) cannot be decoded: {error}.") from error
+
+
+def digest(ref: bytes | Path) -> str:
+    """SHA-256 of the encoded image: finds copies of a file, not a picture encoded anew."""
+    return hashlib.sha256(ref if isinstance(ref, bytes) else ref.read_bytes()).hexdigest()
+
+
+def check(name: str) -> None:
+    """Raises DataError unless all parts of a mixture are known, and loads nothing."""
+    for part in MIXES.get(name, name).split(","):
+        _name_and_size(part.strip())
+
+
+def _name_and_size(part: str) -> tuple[str, str]:
+    """A part of a mixture, `fvqa:500`, taken apart; the size is "" where none is given."""
+    name, _, size = (part, "", "") if Path(part).is_file() else part.partition(":")
+    if size and not size.isdigit():
+        raise DataError(f"{part}: after the colon belongs a number of problems.")
+    if name not in SETS and name not in MADE and not Path(name).is_file():
+        known = ", ".join([*SETS, *MADE, *MIXES])
+        raise DataError(f"No data set and no file is called {name!r}; known are {known}, and mixtures with commas.")
+    return name, size
+
+
+def _open(part: str, seed: int) -> tuple[list[int], Callable[[set[int]], Iterable[Problem]]]:
+    """(row numbers, builder of the problems of some rows) for one part of a mixture."""
+    name, size = _name_and_size(part)
+    if name in MADE:
+        made = MADE[name]()
+        rows, build = list(range(len(made))), lambda chosen: [made[row] for row in sorted(chosen)]
+    else:
+        table = _Table(name)
+        rows, build = sorted(table.rows), table.stream
+    return random.Random(seed).sample(rows, min(int(size), len(rows))) if size else rows, build
+
+
+def _fetch(name: str, source: Source, offline: bool) -> Path:
+    """The folder of the set in the Hub's cache, downloaded if need be."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    wanted = [source.files, *source.extra]
+    command = f"hf download {source.repo} --repo-type dataset --revision {source.revision or 'main'}"
+    quoted = "' '".join(wanted)
+    absent = DataError(
+        f"{name}: {source.files} of {source.repo} is not in the cache and cannot be reached; with a network, run "
+        f"`{command} --include '{quoted}'`, which fills {constants.HF_HUB_CACHE}."
+    )
+    options = {"repo_type": "dataset", "revision": source.revision, "local_files_only": offline}
+    try:
+        folder = Path(snapshot_download(source.repo, allow_patterns=wanted, **options))
+    except errors.GatedRepoError as error:  # before its parent, HfHubHTTPError
+        page = f"https://huggingface.co/datasets/{source.repo}"
+        raise DataError(f"{name}: {page} is gated; accept its terms there and log in with `hf auth login`.") from error
+    except (errors.LocalEntryNotFoundError, ConnectionError) as error:
+        raise absent from error
+    except errors.HfHubHTTPError as error:
+        raise DataError(f"{name}: {source.repo} could not be fetched: {' '.join(str(error).split())}.") from error
+    if not any(folder.glob(source.files)):
+        raise absent
+    return folder
+
+
+class _Table:
+    """The rows of a set: `rows` holds its problems without their images, which `stream` reads for the chosen ones."""
+
+    def __init__(self, name: str, offline: bool = False):
+        self.name, self.rows, self.names = name, {}, set()
+        if name in SETS:
+            self.source, self.folder = SETS[name], _fetch(name, SETS[name], offline)
+            self.paths = sorted(self.folder.glob(self.source.files))
+        else:
+            self.paths, self.folder = [Path(name)], Path(name).parent
+            keys = {key for row in _json_rows(name, self.paths[0]) for key in row}
+            own = {field: field * (field in keys) for field in ("id", "category", "options", "images")}
+            own |= {"answers": "answers" if "answers" in keys else "answer", "kinds": "kind" * ("kind" in keys)}
+            self.source = Source("", name, text_only=True, **own)
+        self._read()
+
+    def _read(self) -> None:
+        source, cycle, count = self.source, None, 0
+        names = {field: _columns(getattr(source, field)) for field in FIELDS}
+        for index, row in self._scan([column for columns in names.values() for column in columns]):
+            cells = {field: [leaf for column in names[field] for leaf in _leaves(row[column])] for field in FIELDS}
+            cells = {field: [str(leaf).strip() for leaf in leaves] for field, leaves in cells.items()}
+            cells |= {field: [text for text in cells[field] if text] for field in FIELDS if field != "options"}
+            cycle = cycle or cells["cycle"]
+            if cells["cycle"] != cycle:
+                continue
+            count += 1
+            if cells["answers"] and cells["question"]:
+                self.rows[index] = self._problem(index, cells)
+            elif not source.training:
+                raise DataError(f"{self.name}: row {index} has no {'question' if cells['answers'] else 'answer'}.")
+        if count != (source.count or max(count, 1)):
+            raise DataError(f"{self.name}: {count} problems, expected {source.count or 'at least 1'}.")
+        if len(self.rows) < count:
+            log.warning("%s: %d problems without an answer were dropped", self.name, count - len(self.rows))
+
+    def _problem(self, index: int, cells: dict[str, list[str]]) -> Problem:
+        instruction = r"\s*Answer with the option's letter from the given choices directly\.?"  # V*; the prompt has one
+        question = re.sub(r"\s*<image\s*\d*>\s*|" + instruction, " ", "\n".join(cells["question"])).strip()
+        answers = [re.sub(r"^\\boxed\s*\{(.*)\}$", r"\1", text, flags=re.DOTALL) for text in cells["answers"]]
+        answers = ["; ".join(answers)] if self.source.joined else list(dict.fromkeys(answers))
+        kind = "".join(cells["kinds"]) or self.source.kind
+        if kind not in ("math", "choice", "text", ""):  # DynaMath's answer types
+            kind = {"multiple choice": "choice", "float": "math"}.get(kind, "text")
+        options = cells["options"] or _inline_options(question)
+        if cells["options"] and options != list(ascii_uppercase[: len(options)]):  # bare letters label the figure
+            question += "".join(f"\n{letter}. {text}" for letter, text in zip(ascii_uppercase, options, strict=False))
+        letter = re.fullmatch(r"\(?([A-J])[).]*", answers[0])
+        if letter and kind != "text":
+            kind, answers = "choice", [letter[1]]
+        elif kind == "choice" and answers[0] in options:
+            answers = [ascii_uppercase[options.index(answers[0])]]
+        elif kind == "choice":
+            raise DataError(f"{self.name}: the answer {answers[0]!r} of row {index} is neither a letter nor an option.")
+        short = Path(self.name).stem  # a file of your own, wherever it lies
+        name = f"{short}/{''.join(cells['id']) or index}"
+        if name in self.names:  # whoever keeps records by id relies on it
+            name += f"#{index}"
+        self.names.add(name)
+        kind = kind or ("math" if re.search(r"[\d\\=^]", answers[0]) else "text")
+        options = tuple(options) if kind == "choice" else ()
+        return Problem(name, question, (), tuple(answers), kind, options, short, " ".join(cells["category"]))
+
+    def stream(self, chosen: Collection[int]) -> Iterator[Problem]:
+        """The chosen rows in order, each image found and its header read, one row at a time."""
+        columns = _columns(self.source.images)
+        archives = [zipfile.ZipFile(path) for path in self.folder.glob("*.zip")] if self.source.extra else []
+        for index, row in self._scan(columns, chosen):
+            cells = [leaf for column in columns for leaf in _leaves(row[column]) if leaf != ""]
+            where = f"{self.name}: row {index} ({self.rows[index].id})"
+            if not cells and not self.source.text_only:
+                raise DataError(f"{where} has no image.")
+            yield replace(self.rows[index], images=tuple(self._image(where, cell, archives) for cell in cells))
+
+    def _image(self, where: str, cell: bytes | str, archives: list[zipfile.ZipFile]) -> bytes | Path:
+        """The image of a cell: embedded, as base64 in a TSV, or the path of a file or of a member of an archive."""
+        ref, stored = cell, "embedded"
+        try:
+            if isinstance(cell, str) and self.source.files.endswith(".tsv"):
+                ref = base64.b64decode(cell)
+            elif isinstance(cell, str):
+                spellings = (cell, Path(*Path(cell).parts[1:]).as_posix())  # some paths repeat the folder they are in
+                files = [self.folder / path for path in spellings if (self.folder / path).is_file()]
+                members = [(archive, path) for archive in archives for path in spellings if path in archive.NameToInfo]
+                stored, ref = cell, files[0] if files else members[0][0].read(members[0][1]) if members else b""
+            if ref:
+                Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref).close()
+                return ref
+        except (*BROKEN, zipfile.BadZipFile) as error:
+            raise DataError(f"{where} has a broken image ({stored}): {error}.") from error
+        raise DataError(f"{where} lacks its image ({stored}) in {self.folder}.")
+
+    def _scan(self, columns: list[str], wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
+        """(row number, its `columns`) of all or the wanted rows, never holding a whole table of images."""
+        numbers = itertools.count()
+        for path in self.paths:
+            if path.suffix == ".parquet":
+                import pyarrow.parquet
+
+                file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+                present, batches = file.schema_arrow.names, file.iter_batches(batch_size=16, columns=columns)
+                rows: Iterable[dict] = (row for batch in batches for row in batch.to_pylist())
+            elif path.suffix == ".tsv":
+                csv.field_size_limit(sys.maxsize)
+                rows = csv.DictReader(path.open(newline="", encoding="utf-8"), dialect="excel-tab")
+                present = rows.fieldnames or []  # unlike pandas, csv leaves an option "None" a text
+            else:
+                rows = _json_rows(self.name, path)
+                present = list(dict.fromkeys(key for row in rows for key in row))
+            if missing := [column for column in columns if column not in present]:
+                raise DataError(f"{self.name}: {path.name} lacks {', '.join(missing)}; it has {', '.join(present)}.")
+            for row, index in zip(rows, numbers, strict=False):
+                if wanted is None or index in wanted:
+                    yield index, {column: row.get(column) for column in columns}
+
+
+def _columns(joined: str) -> list[str]:
+    return joined.split("+") if joined else []
+
+
+def _json_rows(name: str, path: Path) -> list[dict]:
+    """Rows of a list in JSON, or of JSON lines; other line ends than \\n may stand in a text."""
+    text = path.read_text(encoding="utf-8")
+    lines = [text] if path.suffix == ".json" else text.split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise DataError(f"{name}: line {number} of {path.name} is no JSON: {error}.") from error
+    return rows[0] if path.suffix == ".json" else rows
+
+
+def _leaves(value: object) -> list[object]:
+    """What a cell holds, without nulls: a value, a list of them, a list written as JSON, an image {bytes, path}, or
+    FVQA's chat message {content} and reward {ground_truth, candidate_answers}."""
+    if isinstance(value, str) and re.fullmatch(r'\[\s*".*\]', value, re.DOTALL):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, dict) and "bytes" in value:
+        value = value["bytes"] if value["bytes"] is not None else value.get("path") or b""
+    elif isinstance(value, dict):
+        value = [value.get(key) for key in ("content", "ground_truth", "candidate_answers")]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [] if value is None else [value]
+
+
+def _inline_options(question: str) -> list[str]:
+    """Options that the question lists as (A) .. (B) .. or A. .. B. ..; none unless the letters run from A."""
+    mark = r"(?:(?<=\s)|^)\(?([A-J])[).:](?=\s)"
+    found = re.findall(rf"{mark}\s*(.+?)\s*(?={mark}|\n|$)", question, re.DOTALL)
+    letters = "".join(letter for letter, *_ in found)
+    return [text for _, text, _ in found] if len(found) > 1 and ascii_uppercase.startswith(letters) else []
+
+
+@lru_cache
+def _evaluation_images() -> dict[str, str]:
+    """SHA-256 of each image of the evaluation sets in the Hub's cache -> set. The gigabytes are read once: digests stay
+    beside the snapshots, by commit. A set that is absent or incomplete is not compared, and named in the log."""
+    owners, absent = {}, []
+    for name in (name for name, source in SETS.items() if not source.training):
+        try:
+            folder = _fetch(name, SETS[name], offline=True)
+            kept = folder.parents[1] / f"{name}-{folder.name}.sha256"
+            if not (digests := kept.read_text().split() if kept.exists() else []):
+                table = _Table(name, offline=True)
+                digests = sorted({digest(ref) for problem in table.stream(table.rows) for ref in problem.images})
+                with contextlib.suppress(OSError):  # a cache that may not be written is read again
+                    unfinished = kept.with_suffix(f".{os.getpid()}")  # other ranks may write as well
+                    unfinished.write_text("\n".join(digests))
+                    unfinished.replace(kept)
+            owners |= dict.fromkeys(digests, name)
+        except DataError:
+            absent.append(name)
+    if absent:
+        log.warning("Training data is not compared with %s, which are not on this machine", ", ".join(absent))
+    return owners
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trajectories as messages
+# ----------------------------------------------------------------------------------------------------------------------
+def store_image(image, folder: Path) -> str:
+    """Write an image (a problem's, or a tool's PIL image as PNG) into folder/images, once; returns its path there."""
+    if isinstance(image, Path):
+        image = image.read_bytes()
+    elif not isinstance(image, bytes):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        image = buffer.getvalue()
+    name = f"images/{digest(image)[:32]}"
+    if not (folder / name).exists():
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / f"{name}.draft").write_bytes(image)
+        os.replace(folder / f"{name}.draft", folder / name)
+    return name
+
+
+def read_trajectory(row: dict, folder: Path) -> tuple[Problem, list[str | Observation]]:
+    """(problem, turns) of a row {messages} in Qwen's format, the images still paths. A system message is left out, as
+    the policy has its own; a user's or a tool's images precede its text. Raises where the row is not of that form."""
+    asked, *rest = [m for m in row["messages"] if m["role"] != "system"]
+    roles = ["assistant" if m["role"] == "assistant" else "tool" for m in rest]
+    if asked["role"] != "user" or roles != [("assistant", "tool")[k % 2] for k in range(len(rest) | 1)]:
+        raise DataError("a user's message must be followed by the assistant's and a tool's in turn")
+    turns: list[str | Observation] = []
+    for role, (images, text) in zip(roles, (_content(message, folder) for message in rest)):
+        if role == "tool":
+            framed = re.fullmatch(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", text, re.DOTALL)
+            turns.append(Observation(framed[1] if framed else text, images, True))
+        else:  # the prompt has opened the thinking
+            text = text if "</think>" in text else f"\n</think>\n\n{text}"
+            turns.append(re.sub(r"^\s*<think>\n?", "", text).rstrip())
+    images, question = _content(asked, folder)
+    return Problem(str(row.get("id", "")), question, tuple(images), (), "text"), turns
+
+
+def _content(message: dict, folder: Path) -> tuple[list[Path], str]:
+    """(images, text) of a message."""
+    parts = message["content"]
+    parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+    images = [folder / part["image"] for part in parts if part["type"] == "image"]
+    if missing := [image for image in images if not image.is_file()]:
+        raise DataError(f"there is no image {missing[0]}")
+    return images, "".join(part["text"] for part in parts if part["type"] == "text")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,23 +753,11 @@ def toy_recipe(folder: Path) -> dict:
     }  # fmt: skip
 
 
-def question_text(problem: Problem) -> str:
-    """The question as the model reads it, with the options below."""
-    return "\n".join([problem.question, *(f"{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", problem.options))])
-
-
-def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
-    """The problems of a data set: all, or `limit` of them drawn by index with the seed. ValueError for unknown
-    names."""
-    made = {"toy": ("train", 480), "toy-test": ("test", 192)}
-    if name not in made:
-        raise ValueError(f"unknown data set {name}: known are {', '.join(made)}")
-    problems = toy_problems(*made[name])
-    return random.Random(seed).sample(problems, limit) if limit and limit < len(problems) else problems
+MADE |= {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}
 
 
 def trajectories(name: str, count: int, seed: int, tools: ToolConfig) -> list[tuple[Problem, list[str | Observation]]]:
-    """`count` trajectories for SFT, as (problem, turns): only the toy world has a teacher."""
+    """What the scripted teacher of the toy world wrote; any other data needs trajectories of its own."""
     if name != "toy":
-        raise ValueError(f"there are no trajectories for {name}: SFT runs on the toy world only")
+        raise DataError(f"nobody has written trajectories for {name}: distil some, and give them with --trajectories")
     return toy_trajectories(count, seed, tools)
