@@ -562,17 +562,31 @@ class Policy:
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache, pictures: Sequence[Picture]) -> Tensor:
         """Hidden states (R, T, D) of ids (R, T) at positions (3, R, T); mask (R or 1, 1, T, keys) is True where a key
         may be seen."""
-        device = self.bias.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return self.model.model(
-                input_ids=ids.to(device),
-                position_ids=positions.to(device),
-                attention_mask=mask.to(device),
-                past_key_values=cache,
-                pixel_values=torch.cat([p.pixels for p in pictures]).to(device) if pictures else None,
-                image_grid_thw=torch.tensor([p.grid for p in pictures], device=device) if pictures else None,
-                use_cache=False,
-            ).last_hidden_state
+        model, device = self.model.model, self.bias.device
+        ids = ids.to(device)
+        embeds, seen, deep = model.get_input_embeddings()(ids), None, None
+        if pictures:
+            once = list({id(p.pixels): p for p in pictures}.values())  # a picture of several rows is encoded once
+            place = {id(p.pixels): i for i, p in enumerate(once)}
+            sizes = [math.prod(p.grid) // self.merge**2 for p in once]
+            grids = torch.tensor([p.grid for p in once], device=device)
+            vision = model.visual(torch.cat([p.pixels for p in once]).to(device, model.visual.dtype), grid_thw=grids)
+
+            def spread(features: Tensor) -> Tensor:
+                parts = features.split(sizes)
+                return torch.cat([parts[place[id(p.pixels)]] for p in pictures]).to(embeds.dtype)
+
+            seen, deep = ids == self.image_id, [spread(features) for features in vision.deepstack_features]
+            embeds = embeds.masked_scatter(seen[..., None], spread(vision.pooler_output))
+        return model.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions.to(device),
+            attention_mask=mask.to(device),
+            past_key_values=cache,
+            visual_pos_masks=seen,
+            deepstack_visual_embeds=deep,
+            use_cache=False,
+        ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in float32, -inf for what must not be sampled: (..., D) -> (..., V)."""
