@@ -1255,6 +1255,20 @@ x>3 | x \gt 3
 x_1+x_2 | x_{2}+x_{1}
 \sqrt[3]{2} | 2^{1/3}
 3:30 | 3:30
+-\frac{1}{3} | −⅓ | \dfrac{-2}{6}
+6.02\times10^{23} | 6.02×10²³ | 602\times10^{21}
+12\text{ cm}^2 | 12 | 12\ \mathrm{cm}^{2} | 12 cm²
+2\sqrt{3}\text{ cm} | 2\sqrt{3} | \sqrt{12} cm
+8\pi \text{ cm}^2 | 8π
+\frac{\sqrt{3}}{2} | √3/2 | \sqrt{\frac{3}{4}} | \frac{3}{2\sqrt3}
+\frac{a}{b} | \frac ab | ab^{-1}
+\frac{x}{2} | 1/2x | \frac12x
+\ln 2 | \ln{2} | ln(2)
+\cos^2\theta | (\cos\theta)^2 | \cos^{2}(\theta) | 1-\sin^2\theta
+e^{2x} | \exp(2x) | (e^x)^2
+\{1,2,3\} | {3, 2, 1} | 1, 2, \text{ and } 3
+(3,-2) | (x, y)=(3,-2)
+2^{n+1} | 2\cdot2^n
 """
 
 WRONG = r"""
@@ -1292,6 +1306,20 @@ x+1 | x+1+10^{-12}
 5 | 5 degree radian | 5 m s | 5 million
 \pi r^2 h | \pi r^2
 0.1\sqrt2 | 0.10000000000000000001\sqrt2
+\frac{\sqrt{3}}{2} | 0.866025403784438646763723170752936183471402626905190314 | \frac{\sqrt{3}}{20}0
+\frac{1}{ab} | 1/ab | b/a
+\frac{1}{2x} | 1/2x | x/2
+\frac{c}{2} | 1 1/2c | c*c/2c
+x+1 | x)+(1 | x+1)( | x++1 | x1 | x+1=0
+v | v s | v cm
+\sin^2 x | \sin x^2 | \sin 2x
+\sin^{-1}x | \frac{1}{\sin x}
+2^{-x} | 2^-x*y | -2^x
+\frac{\sqrt{3}}{2}mg | \frac{\sqrt3}{2}
+x=1 or x=2 | 1 | 1 or 3 | y=1 or y=2
+-5 | 5 | --5 | ±5
+10 | 1 0 | 10e | 5+5 | 10\%10
+\pi | 3.14159265358979 | \frac{22}{7}
 """
 TURNS = [  # well-formed turns and what they answer
     ("t</think>\n\n<answer>\\boxed{42}</answer>", "42"),
@@ -1315,6 +1343,8 @@ QUESTIONS = [  # question, gold, answer, right
     ("After a 20% discount, what is the ratio?", "0.8", "80%", True),
     ("After a 20% discount, what is left of 80?", "80", "80%", False),
     ("Expand $(x+1)^2$.", "x^2+2x+1", "(x+1)^2", False), ("Expand $(x+1)^2$.", "x^2+2x+1", "1+2x+x^2", True),
+    ("Compute $\\sqrt{8}+\\sqrt{2}$.", "3\\sqrt{2}", "(\\sqrt8 + \\sqrt2)", False),
+    ("Compute $\\sqrt{8}+\\sqrt{2}$.", "3\\sqrt{2}", "\\sqrt{18}", True),
 ]
 BALLS = {"kind": "choice", "options": ("A red ball", "A blue ball", "12 cm", "None")}
 CHOSEN = [("A", a) for a in ("A", "(A)", "A.", "A)", "\\text{A}", "\\textbf{(A)}", "Option A", "a", "A red ball", "Ａ",
@@ -1328,7 +1358,7 @@ SAME_TEXT = [
     ("São Paulo", "Sao Paulo"), ("2563", "2,563"), ("30 km", "30km"), ("New York City", "City of New York"),
     ("a red ball", "red ball"), ("C++", "c++"), ("Smith, John", "John Smith"), ("Salt and Pepper", "salt and pepper"),
     (("JFK", "John F. Kennedy"), "John F Kennedy"), ("The The", "The The"), ("北京", "北京"), ("O'Brien", "OBrien"),
-    ("Leonardo da Vinci", "Leonardo Vinci"),
+    ("Leonardo da Vinci", "Leonardo Vinci"), ("red and blue", "blue, red"), ("Kennedy, John F.", "John F. Kennedy"),
 ]
 OTHER_TEXT = [
     ("Paris", "Paris London"), ("New York City", "New York City or Boston"), ("Apollo 11", "Apollo 12"), ("3.5", "35"),
@@ -1336,6 +1366,8 @@ OTHER_TEXT = [
     ("Leonardo da Vinci", "Leonardo da Vinci Michelangelo"), ("Apollo 11 moon mission", "Apollo moon mission"),
     ("University of California Berkeley", "University of California Davis"), ("3.5 million", "35 million"),
     ("The The", "a"), ("Vitamin A", "Vitamin"), ("Vitamin C", "Vitamin D"), ("it is not open now", "it is open now"),
+    ("red to blue", "blue to red"), ("3-2", "2-3"), ("George Washington Carver", "George Washington"),
+    ("July 4, 1776", "4, 1776"), ("turned left slowly", "turned slowly"), ("John F. Kennedy", "John Kennedy"),
     ("C", "C++"), ("yes", "no"), ("yes", "yes and no"), ("Paris", "!"), ("the", "a"), ("2563", "2563 or 2564"),
     ("Barack Hussein Obama II", "Barack Hussein Obama II / Bush"), ("5G", "5"), ("10^8", "108"), ("1990s", "1990"),
 ]
@@ -1427,6 +1459,7 @@ def test_no_answer_raises_or_takes_50_ms():
     rng = random.Random(0)
     answers = ["".join(rng.choices(PIECES, k=rng.randint(1, 200)))[:300] for _ in range(2000)]
     answers += [(piece * 300)[:300] for piece in PIECES]
+    answers += [",0" * 150, "(x^i)^" * 49 + "x", "sin(e^(" * 30 + "x" + "))" * 30, "i^" * 149 + "i", "½" * 300]
     golds = [problem(gold, kind) for gold, kind in [*GOLDS, ("9^{9^{9}}", "math"), ("a,b,c,d,e,f,g,h,i,j", "math")]]
     golds.append(problem("A", **BALLS))
     worst = (0.0, "")
