@@ -1391,7 +1391,7 @@ def save_results(results: dict[str, dict[str, dict]], path: Path, cfg: Config, b
     text = table(results)
     if sets.intersection(JUDGED) and not cfg.judge_url:
         text = re.sub(rf"^\| ({'|'.join(JUDGED)}|all)(?=[ /])", r"| \1*", text, flags=re.MULTILINE)
-        text += f"\n\n\\* {', '.join(JUDGED)}: by the words of the answer, for want of a judge (--judge_url)"
+        text += f"\n\n\\* {', '.join(JUDGED)}: by exact match and token F1, for want of a judge (--judge_url)"
     write(path, text + "\n")
     write(path.with_suffix(".json"), json.dumps(results, indent=1))
     return text
@@ -1780,17 +1780,28 @@ def _same_choice(answer: str, problem: Problem) -> bool:
     return not letter[2] or (gold in options and _same_text(letter[2], options[gold], problem.question))
 
 
+_DECISIVE = {"yes", "no", "not", "never", "none", "neither", "nor", "without"}
 _CONNECTING = {"of", "and", "it", "is", "its", "was", "are", "da", "de"}
 
 
 def _same_text(answer: str, gold: str, question: str, tolerance: float = 0.0) -> bool:
-    """The same words in the same order or, without numbers, rotated ("Smith, John"), but for connecting ones: another
-    word may be a second answer, so longer and shorter names go unpaid. A gold number is graded as a number."""
+    """Token F1 of at least 0.75, with guards: the words stand in the gold's order or, without numbers, rotated ("Smith,
+    John"); none is added but connecting ones, as any other may be a second answer; none is left out that decides (a
+    negation, a single letter, any where there is a number). A gold number is graded as a number."""
     if _literal(_squeeze(gold), question):
         return _same_math(_squeeze(answer), _squeeze(gold), question, tolerance)
     given, wanted = ([w for w in words if w not in _CONNECTING] or words for words in map(_tokens, (answer, gold)))
-    rotations = [wanted[k:] + wanted[:k] for k in range(1 if re.search(r"\d", gold) else len(wanted) or 1)]
-    return given != [] and given in rotations
+    if 2 * len(given) < 0.75 * (len(given) + len(wanted)) or not given:  # F1, as what is given is part of the gold
+        return False
+    exact = re.search(r"\d", gold) or any(len(word) == 1 or word in _DECISIVE for word in {*wanted} - {*given})
+    rotations = [wanted[k:] + wanted[:k] for k in range(1 if re.search(r"\d", gold) else len(wanted))]
+    return given in rotations or (not exact and _within(given, wanted))
+
+
+def _within(part: list[str], words: list[str]) -> bool:
+    """Are these some of the words, in their order?"""
+    rest = iter(words)
+    return all(word in rest for word in part)
 
 
 def _tokens(text: str) -> list[str]:
