@@ -52,7 +52,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Literal
@@ -476,6 +476,12 @@ class Policy:
         self.bias[max(vocabulary.values()) + 1 :] = -torch.inf  # rows of the embedding that no token has
         self.control = re.compile("(?=" + "|".join(re.escape(t) for t in tokenizer.get_added_vocab()) + ")")
         self.frame = lru_cache(self.frame)
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register("shared_prefix", attention)
+        AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+        model.config.text_config._attn_implementation = "shared_prefix"
         self.seconds = {"rollout": 0.0, "resample": 0.0}
 
     def frame(self, images: int) -> tuple[str, str]:
@@ -614,17 +620,19 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor) -
     """One token per row: ids, log-probs and entropies, each (R,). logits (R, V); uniforms (R,) in [0, 1), float64, one
     draw each; seen (R, V) marks the tokens of the response so far. Log-prob and entropy are those of the whole softmax
     at the temperature, as the trainer sees it; top-k, top-p and the penalty only narrow the draw."""
-    greedy = sampling.temperature == 0
-    scale = 1.0 if greedy else sampling.temperature
-    logps = F.log_softmax(logits / scale, -1)
-    entropy = torch.special.entr(logps.exp()).sum(-1)
-    logits = (logits - sampling.presence_penalty * seen) / scale
-    if greedy:
+    logits = logits / (sampling.temperature or 1.0)
+    logps = logits - logits.logsumexp(-1, keepdim=True)
+    probs = logps.exp()
+    entropy = -(probs * logps.clamp(min=-1e9)).sum(-1)  # a banned token's log-prob is -inf, and its share 0
+    if sampling.presence_penalty:
+        logits = logits - sampling.presence_penalty / (sampling.temperature or 1.0) * seen
+        probs = logits.softmax(-1)
+    if sampling.temperature == 0:
         ids = logits.argmax(-1)
     else:
         if 0 < sampling.top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
-        probs = logits.softmax(-1)
+            probs = probs.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], 0.0)
+            probs = probs / probs.sum(-1, keepdim=True)
         if sampling.top_p < 1:
             ordered, order = probs.sort(-1, descending=True)
             ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # what comes after the nucleus is full
@@ -635,42 +643,100 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor) -
 
 
 class KVCache:
-    """Keys and values of all rows. Token j of the row in slot s lies at store[layer][:, s, :, j], so rows of any length
-    stand side by side and nothing is ever shifted. The decoder layers call `update` as they would on transformers' own
-    caches."""
+    """Keys and values, allocated once. What siblings share (the prompt, or a resampled prefix) is kept once for all of
+    them, in `prefix[layer]` (2, P, heads, tokens, D); what a row has of its own, in `own[layer]` (2, R, heads, tokens,
+    D). Rows of any length stand side by side, and nothing is ever shifted. The decoder layers call `update` as they
+    would on transformers' own caches."""
 
-    def __init__(self, slots: int, length: int):
-        self.slots, self.length, self.columns_kept, self.store = slots, length, 0, []
+    def __init__(self, model, rows: int, own: int, prefixes: int, prefix: int):
+        config, weight = model.config.text_config, model.get_input_embeddings().weight
+        shape = config.num_key_value_heads, -1, config.head_dim
+        make = lambda slots, tokens: [  # noqa: E731  (zeros: what is masked must still be finite)
+            torch.zeros(2, slots, shape[0], tokens, shape[2], dtype=weight.dtype, device=weight.device)
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.own, self.prefix = make(rows, own), make(prefixes, prefix)
 
-    def at(self, slots: Tensor, starts: Tensor, count: int, width: int) -> KVCache:
-        """Aim the next forward pass: `count` tokens per row, into these slots from these columns on; `width` columns
-        can be seen. The store doubles when it is full; its last column takes the writes of padding."""
-        if width >= self.columns_kept:
-            self.columns_kept = min(2 * width, self.length)
-        self.rows = slots
-        self.columns = (starts[:, None] + torch.arange(count, device=starts.device)).clamp(max=self.columns_kept - 1)
-        contiguous = slots.tolist() == list(range(len(slots)))
-        self.seen = slice(0, len(slots)) if contiguous else slots  # a view where possible, else a copy
-        self.width = width
+    def prefill(self, slots: Tensor) -> KVCache:
+        """Aim the next pass: it computes the prefixes of these slots."""
+        self.mode, self.slots = "prefill", slots
         return self
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
-        if layer == len(self.store):
-            self.store.append(keys.new_zeros(2, self.slots, keys.shape[1], 0, keys.shape[3]))
-        if self.store[layer].shape[3] < self.columns_kept:
-            missing = self.columns_kept - self.store[layer].shape[3]
-            self.store[layer] = F.pad(self.store[layer], (0, 0, 0, missing))
-        store = self.store[layer]
-        store[:, self.rows[:, None], :, self.columns] = torch.stack((keys, values)).permute(1, 3, 0, 2, 4)
-        keys, values = store[:, self.seen, :, : self.width]
-        return keys, values
+    def append(self, rows: Tensor, columns: Tensor, prefixes: Tensor, lengths: tuple[int, int]) -> KVCache:
+        """Aim the next pass: tokens for these rows, at columns (R, T) of their own; they see the first `lengths` tokens
+        of their prefix and of their own."""
+        self.mode, self.slots, self.columns, self.prefixes, self.lengths = "append", rows, columns, prefixes, lengths
+        return self
 
-    def get(self, slot: int, length: int) -> list[Tensor]:
-        return [store[:, slot, :, :length].clone() for store in self.store]
+    def decode(self, columns: Tensor, place: Tensor, members: Tensor, lengths, mask: Tensor) -> KVCache:
+        """Aim the next pass: one token for each of the first R rows, at columns (R,). members (P, n): the rows of each
+        prefix, filled up with any; place (R,): where a row stands in members.flatten(); mask (R, 1, 1, keys)."""
+        self.mode, self.columns, self.place, self.members = "decode", columns, place, members
+        self.lengths, self.mask = lengths, mask
+        return self
 
-    def put(self, slot: int, saved: list[Tensor]) -> None:
-        for store, kv in zip(self.store, saved, strict=True):
-            store[:, slot, :, : kv.shape[2]] = kv
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple:
+        """keys, values (R, heads, T, D) are stored; returns those to attend to."""
+        before, after = self.lengths if self.mode != "prefill" else (0, 0)
+        if self.mode == "prefill":
+            for store, new in zip(self.prefix[layer], (keys, values)):
+                store[self.slots, :, : new.shape[2]] = new
+            return keys, values
+        if self.mode == "append":
+            for store, new in zip(self.own[layer], (keys, values)):
+                store[self.slots[:, None], :, self.columns] = new.transpose(1, 2)
+            both = zip(self.prefix[layer], self.own[layer])
+            return tuple(torch.cat([p[self.prefixes, :, :before], o[self.slots, :, :after]], 2) for p, o in both)
+        rows = torch.arange(len(keys), device=keys.device)
+        for store, new in zip(self.own[layer], (keys, values)):
+            store[rows, :, self.columns] = new[:, :, 0]
+        return self, layer
+
+    def attend(self, query: Tensor, layer: int, scaling: float) -> Tensor:
+        """Attention of one token per row, query (R, H, 1, D) -> (R, 1, H, D): one softmax over the keys of the prefix,
+        read once for all its rows, and the row's own."""
+        heads, (before, after), (prefixes, n) = self.own[layer].shape[2], self.lengths, self.members.shape
+        q = (query * scaling).unflatten(1, (heads, -1)).squeeze(3)  # (R, heads, group, D)
+        pk, pv = self.prefix[layer][:, :prefixes, :, :before]
+        ok, ov = self.own[layer][:, : len(q), :, :after]
+
+        def to_prefixes(x: Tensor) -> Tensor:  # (R, heads, group, X) -> (P, heads, n * group, X)
+            return x[self.members].transpose(1, 2).flatten(2, 3)
+
+        def to_rows(x: Tensor) -> Tensor:
+            return x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)[self.place]
+
+        scores = torch.cat([to_rows(dot(to_prefixes(q), pk.mT)), dot(q, ok.mT)], -1)
+        weights = scores.masked_fill(~self.mask, -torch.inf).softmax(-1).to(q.dtype)
+        shared, own = weights.split([before, after], -1)
+        return (to_rows(to_prefixes(shared) @ pv) + own @ ov).flatten(1, 2)[:, None]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix product in float32, also of bf16: scores rounded to bf16 would differ from the trainer's."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, **options):  # the signature is transformers'
+    """transformers' own attention, but for a decode step, whose keys never leave the cache."""
+    if isinstance(key, KVCache):
+        return key.attend(query, value, scaling), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+
+
+@dataclass(eq=False)
+class Prefix:
+    """What siblings share, in a slot of the cache, with what follows from it: M-RoPE position and logits of the next
+    token."""
+
+    slot: int
+    length: int
+    position: int
+    logits: Tensor
 
 
 @dataclass(eq=False)
@@ -678,30 +744,36 @@ class Row:
     """A rollout while it is being decoded. Its slot in the cache is its index in Engine.rows."""
 
     rollout: Rollout
+    prefix: Prefix
     toolbox: Toolbox
     rng: np.random.Generator
     thought: bool  # the turn's thinking is closed
     calling: bool  # a call is open
-    cached: int = 0  # how many of its tokens are in the cache
-    position: int = 0  # M-RoPE position of the next token
+    position: int  # M-RoPE position of the next token
+    cached: int  # how many of its tokens are in the cache
     waiting: Future | None = None  # the tool call under way, and
     due: int = 0  # the decode step at which it is collected
     done: bool = False
 
 
 class Engine:
-    """Decodes many rollouts side by side. Siblings share one prefill; a finished row makes room for the next rollout at
-    once; tools run on threads while others decode. Calls are collected every eighth decode step, never when they happen
-    to be done: what is batched together, and so every bit of the result, doesn't depend on how fast a tool was."""
+    """Decodes many rollouts side by side. Siblings share one prefill and its cache; a finished row makes room for the
+    next rollout at once; tools run on threads while others decode. Calls are collected every eighth decode step, never
+    when they happen to be done: what is batched together, and so every bit of the result, doesn't depend on how fast a
+    tool was. The cache is allocated once, from the memory that is free, and says how many rows there are."""
 
     CALL_STEPS = 8
     PREFILL_TOKENS = 16384
+    GRAPH_WIDTH = 1024  # a CUDA graph serves caches of up to so many tokens more
 
     def __init__(self, policy: Policy, sampling: Sampling, cfg: Config):
-        self.policy, self.sampling, self.cfg = policy, sampling, cfg
+        self.policy, self.sampling, self.cfg, self.device = policy, sampling, cfg, policy.bias.device
         self.rows: list[Row] = []
-        self.prefixes: dict[tuple[int, int], tuple] = {}  # (parent, length) -> its cache, next position, logits
+        self.prefixes: dict[tuple[Rollout, int], Prefix] = {}
         self.clock = 0
+        self.layout: tuple[Tensor, Tensor, Tensor] | None = None  # see `step`; None once rows came or went
+        self.graphs: dict[tuple, tuple] = {}
+        self.captures = self.device.type == "cuda"
 
     @torch.no_grad()
     def run(self, rollouts: Sequence[Rollout]) -> None:
@@ -709,10 +781,7 @@ class Engine:
         if not rollouts:
             return
         pending = deque(rollouts)
-        slots, device = min(self.cfg.max_rows, len(rollouts)), self.policy.bias.device
-        self.cache = KVCache(slots, max(r.prompt_len for r in rollouts) + self.sampling.max_response_tokens + 1)
-        self.logits = torch.zeros(slots, len(self.policy.bias), device=device)
-        self.seen = torch.zeros(slots, len(self.policy.bias), dtype=torch.bool, device=device)
+        self.reserve(rollouts)
         with ThreadPoolExecutor(self.cfg.tool_threads) as self.pool:
             try:
                 while pending or self.rows:
@@ -724,37 +793,89 @@ class Engine:
                 for row in self.rows:
                     row.toolbox.close()
 
-    def admit(self, pending: deque[Rollout]) -> None:
-        """Fill the free slots; what siblings share is computed once and copied."""
-        fresh = []
-        while pending and len(self.rows) < self.cache.slots:
-            r = pending.popleft()
-            in_call = bool(r.calls)  # a continuation begins right behind the opening tag
-            row = Row(r, Toolbox(r.problem.images, self.cfg), np.random.default_rng(r.seed), in_call, in_call)
-            self.seen[len(self.rows)] = False
-            self.seen[len(self.rows), [i for i, m in zip(r.ids, r.mask) if m]] = True
-            self.rows.append(row)
-            fresh.append(row)
-        leaders = {}
-        for row in fresh:
-            if self.key(row.rollout) not in self.prefixes:
-                leaders.setdefault(self.key(row.rollout), row)
-        self.extend(list(leaders.values()))
-        for key, row in leaders.items():
-            slot = self.rows.index(row)
-            self.prefixes[key] = self.cache.get(slot, row.cached), row.position, self.logits[slot].clone()
-        for row in fresh:
-            if row.cached == 0:
-                slot = self.rows.index(row)
-                saved, row.position, self.logits[slot] = self.prefixes[self.key(row.rollout)]
-                self.cache.put(slot, saved)
-                row.cached = len(row.rollout.ids)
-        wanted = {self.key(r) for r in pending}
-        self.prefixes = {key: prefix for key, prefix in self.prefixes.items() if key in wanted}
+    def reserve(self, rollouts: Sequence[Rollout]) -> None:
+        """Allocate the cache for as many rows as fit, each of full length, and the prefixes they can have."""
+        prefix = max(len(r.ids) for r in rollouts)
+        own = 1 + max(r.prompt_len + self.sampling.max_response_tokens - len(r.ids) for r in rollouts)  # 1: for padding
+        distinct, vocabulary = len({self.key(r) for r in rollouts}), len(self.policy.bias)
+        config = self.policy.model.config.text_config
+        itemsize = self.policy.model.get_input_embeddings().weight.itemsize
+        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+        rows, free = min(self.cfg.max_rows, len(rollouts)), 0.8 * free_memory(self.device)
+        while rows * own * token + min(rows, distinct) * prefix * token + 32 * rows * vocabulary > free:  # 32: `sample`
+            rows -= 1
+            if not rows:
+                need = (own + prefix) * token / 1e9
+                raise ValueError(f"the cache of one rollout needs {need:.1f} GB, more than is free: lower the limits")
+        self.slots = rows
+        self.cache = KVCache(self.policy.model, rows, own, min(rows, distinct), prefix)
+        self.logits = torch.zeros(rows, vocabulary, device=self.device)
+        self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=self.device)
 
     @staticmethod
-    def key(rollout: Rollout) -> tuple[int, int]:
-        return id(rollout.parent), rollout.parent_len
+    def key(rollout: Rollout) -> tuple[Rollout, int]:
+        """What the rollout, not begun yet, has in common with its siblings."""
+        return rollout.parent or rollout, len(rollout.ids)
+
+    def admit(self, pending: deque[Rollout]) -> None:
+        """Fill the free slots; what siblings share is computed once."""
+        fresh = [pending.popleft() for _ in range(min(len(pending), self.slots - len(self.rows)))]
+        if not fresh:
+            return
+        keys = {self.key(r): r for r in fresh}
+        used = {row.prefix for row in self.rows}
+        self.prefixes = {key: p for key, p in self.prefixes.items() if p in used or key in keys}
+        taken = {p.slot for p in self.prefixes.values()}
+        free = (slot for slot in range(self.cache.prefix[0].shape[1]) if slot not in taken)
+        self.prefill([r for key, r in keys.items() if key not in self.prefixes], free)
+        for r in fresh:
+            prefix, slot, called = self.prefixes[self.key(r)], len(self.rows), bool(r.calls)
+            rng, toolbox = np.random.default_rng(r.seed), Toolbox(r.problem.images, self.cfg)
+            # A continuation begins right behind the opening tag.
+            self.rows.append(Row(r, prefix, toolbox, rng, called, called, prefix.position, prefix.length))
+            self.logits[slot], self.seen[slot] = prefix.logits, False
+            self.seen[slot, [i for i, m in zip(r.ids, r.mask) if m]] = True
+        self.layout = None
+
+    def prefill(self, leaders: list[Rollout], free: Iterator[int]) -> None:
+        """Compute the prefixes that these rollouts begin with, each into a free slot."""
+        for some in portions(leaders, [len(r.ids) for r in leaders], self.PREFILL_TOKENS):
+            slots, longest = list(islice(free, len(some))), max(len(r.ids) for r in some)
+            mask = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()[None, None]
+            aimed = self.cache.prefill(torch.tensor(slots, device=self.device))
+            logits, positions = self.feed([(r, 0, 0) for r in some], mask, aimed)
+            for r, *prefix in zip(some, slots, map(len, (r.ids for r in some)), positions, logits):
+                self.prefixes[self.key(r)] = Prefix(*prefix)
+
+    def append(self, rows: list[Row]) -> None:
+        """Bring the cache up to the last token of rows that have many new ones."""
+        for some in portions(rows, [len(row.rollout.ids) - row.cached for row in rows], self.PREFILL_TOKENS):
+            numbers = [[self.rows.index(row), row.prefix.slot, row.prefix.length, row.cached] for row in some]
+            slots, prefixes, lengths, starts = torch.tensor(numbers, device=self.device).T
+            longest = max(len(row.rollout.ids) - row.cached for row in some)
+            queries = (starts - lengths)[:, None] + torch.arange(longest, device=self.device)
+            seen = max(row.prefix.length for row in some), max(len(r.rollout.ids) - r.prefix.length for r in some)
+            # Padding may go where a later token will stand, or into the last column.
+            aimed = self.cache.append(slots, queries.clamp(max=self.cache.own[0].shape[3] - 1), prefixes, seen)
+            spans = [(row.rollout, row.cached, row.position) for row in some]
+            self.logits[slots], positions = self.feed(spans, self.mask(lengths, queries, *seen), aimed)
+            for row, position in zip(some, positions):
+                row.cached, row.position = len(row.rollout.ids), position
+
+    def feed(self, spans: list[tuple[Rollout, int, int]], mask: Tensor, cache: KVCache) -> tuple[Tensor, list[int]]:
+        """Compute the tokens of each rollout from `start` on, the first at M-RoPE position `position`. Returns the
+        logits (R, V) and the positions of what comes next."""
+        counts = [len(r.ids) - start for r, start, _ in spans]
+        ids = torch.zeros(len(spans), max(counts), dtype=torch.long)
+        positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+        following = []
+        for i, (r, start, position) in enumerate(spans):
+            ids[i, : counts[i]] = torch.tensor(r.ids[start:])
+            positions[:, i, : counts[i]], after = self.policy.positions(len(r.ids), r.pictures, start, position)
+            following.append(after)
+        pictures = [p for r, start, _ in spans for p in r.pictures if p.start >= start]
+        hidden = self.policy.forward(ids, positions, mask, cache, pictures)
+        return self.policy.logits(hidden[range(len(spans)), [count - 1 for count in counts]]), following
 
     def collect(self) -> None:
         """Append the observations that are due, or all if nobody has anything else to do."""
@@ -769,26 +890,35 @@ class Engine:
             row.done = not self.policy.observe(r, observation.text, images, room - 1)
             r.stop = "length" if row.done else ""
             r.observations.append(observation)
-        self.extend([row for row in due if not row.done])
+        self.append([row for row in due if not row.done])
         self.release()
+
+    @staticmethod
+    def mask(lengths: Tensor, queries: Tensor, before: int, after: int) -> Tensor:
+        """(R, 1, T, before + after): the tokens at the rows' own columns `queries` (R, T) see the prefix, of which rows
+        have `lengths` (R,), and their own tokens up to themselves."""
+        shared = torch.arange(before, device=lengths.device) < lengths[:, None, None]
+        own = torch.arange(after, device=lengths.device) <= queries[:, :, None]
+        return torch.cat([shared.expand(-1, queries.shape[1], -1), own], -1)[:, None]
 
     def decode(self) -> None:
         """One token for every row that doesn't wait for a tool."""
         if all(row.waiting for row in self.rows):
             return
-        count, device = len(self.rows), self.logits.device
+        count = len(self.rows)
         draws = [0.0 if row.waiting else row.rng.random() for row in self.rows]
-        uniforms = torch.tensor(draws, dtype=torch.float64, device=device)  # in float32 a draw could round up to 1
+        uniforms = torch.tensor(draws, dtype=torch.float64, device=self.device)  # a float32 could round up to 1
         ids, logps, entropies = sample(self.logits[:count], uniforms, self.sampling, self.seen[:count])
-        ready = torch.tensor([slot for slot, row in enumerate(self.rows) if not row.waiting], device=device)
+        ready = torch.tensor([slot for slot, row in enumerate(self.rows) if not row.waiting], device=self.device)
         self.seen[ready, ids[ready]] = True
-        for row, token, logp, entropy in zip(self.rows, ids.tolist(), logps.tolist(), entropies.tolist(), strict=True):
+        drawn = torch.stack([ids.double(), logps.double(), entropies.double()]).T  # one wait for the device per step
+        for row, (token, logp, entropy) in zip(self.rows, drawn.tolist(), strict=True):
             if not row.waiting:
-                row.rollout.append([token], 1, logp, entropy)
-                self.after_token(row, token)
+                row.rollout.append([int(token)], 1, logp, entropy)
+                self.after_token(row, int(token))
         self.release()
         if any(not row.waiting for row in self.rows):
-            self.extend(self.rows)
+            self.step()
 
     def after_token(self, row: Row, token: int) -> None:
         """What a sampled token means for its rollout: thinking closed, a call opened, the turn over, or nothing."""
@@ -829,47 +959,93 @@ class Engine:
             if self.rows[slot].done:
                 self.pool.submit(self.rows[slot].toolbox.close)
                 last = self.rows.pop()
+                self.layout = None
                 if slot < len(self.rows):
-                    self.rows[slot] = last
-                    self.cache.put(slot, self.cache.get(len(self.rows), last.cached))
-                    self.logits[slot], self.seen[slot] = self.logits[len(self.rows)], self.seen[len(self.rows)]
+                    self.rows[slot], moved = last, len(self.rows)
+                    self.logits[slot], self.seen[slot] = self.logits[moved], self.seen[moved]
+                    for store in self.cache.own:
+                        store[:, slot, :, : last.cached] = store[:, moved, :, : last.cached]
 
-    def extend(self, rows: list[Row]) -> None:
-        """Bring the cache up to each row's last token; self.logits[slot] then says what comes next. Rows that wait are
-        carried along as they are: a pad token is written where their next one will overwrite it."""
-        chunks = [[] if row.waiting else row.rollout.ids[row.cached :] for row in rows]
-        longest = max((len(chunk) for chunk in chunks), default=0)
-        if len(rows) * longest > self.PREFILL_TOKENS and len(rows) > 1:
-            self.extend(rows[: len(rows) // 2])
-            return self.extend(rows[len(rows) // 2 :])
-        if not longest:
-            return
-        policy, device = self.policy, self.logits.device
-        place = {id(row): slot for slot, row in enumerate(self.rows)}
-        slots = torch.tensor([place[id(row)] for row in rows], device=device)
-        starts = torch.tensor([row.cached for row in rows], device=device)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        positions = torch.zeros(3, len(rows), longest, dtype=torch.long)
-        pictures: list[Picture] = []
-        for i, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
-            if not chunk:
-                continue
-            if len(chunk) == 1:  # a decoded token: not worth the general case below
-                positions[:, i, 0], row.position = row.position, row.position + 1
-            else:
-                pictures += [p for p in row.rollout.pictures if p.start >= row.cached]
-                positions[:, i, : len(chunk)], row.position = policy.positions(
-                    len(row.rollout.ids), row.rollout.pictures, row.cached, row.position
-                )
-            ids[i, : len(chunk)] = torch.tensor(chunk)
-            row.cached = len(row.rollout.ids)
-        width = int(starts.max() + 1) if longest == 1 else max(row.cached for row in rows)
-        queries = starts[:, None] + torch.arange(longest, device=device)
-        mask = (torch.arange(width, device=device) <= queries[:, :, None])[:, None]  # (R, 1, T, width)
-        hidden = policy.forward(ids, positions, mask, self.cache.at(slots, starts, longest, width), pictures)
-        last = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
-        fed = last >= 0
-        self.logits[slots[fed]] = policy.logits(hidden[fed, last[fed]])
+    def step(self) -> None:
+        """Feed every row its last token; self.logits then says what comes next. A row that waits is fed as well, for
+        nothing: its observation will overwrite what comes of it."""
+        layout = self.layout = self.layout or self.lay_out()
+        filler = (0, self.cache.own[0].shape[3] - 1, 0)  # of rows that are not there
+        numbers = [(row.rollout.ids[row.cached], row.cached - row.prefix.length, row.position) for row in self.rows]
+        after = max(column for _, column, _ in numbers) + 1
+        if self.captures:
+            after = min(-(-after // self.GRAPH_WIDTH) * self.GRAPH_WIDTH, filler[1] + 1)
+        numbers += [filler] * (len(layout[0]) - len(numbers))
+        inputs = torch.tensor(numbers, device=self.device).T, *layout
+        logits = self.captured(*inputs, after) if self.captures else self.next_logits(*inputs, after)
+        self.logits[: len(self.rows)] = logits[: len(self.rows)]
+        for row in self.rows:
+            if not row.waiting:
+                row.cached, row.position = row.cached + 1, row.position + 1
+
+    def lay_out(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which rows share a prefix: prefix lengths (R,), `place` (R,) and `members` (P, n) of KVCache.decode. For CUDA
+        graphs R, P and n are rounded up to powers of two, so that few shapes occur."""
+        members: list[list[int]] = [[] for _ in range(1 + max(row.prefix.slot for row in self.rows))]
+        for slot, row in enumerate(self.rows):
+            members[row.prefix.slot].append(slot)
+        count, n = len(self.rows), max(map(len, members))
+        if self.captures:
+            up = lambda number, most: min(1 << (number - 1).bit_length(), most)  # noqa: E731
+            members += [[]] * (up(len(members), self.cache.prefix[0].shape[1]) - len(members))
+            count, n = up(count, self.slots), up(n, self.slots)
+        place, lengths = [0] * count, [1] * count
+        for p, slots in enumerate(members):
+            for j, slot in enumerate(slots):
+                place[slot], lengths[slot] = p * n + j, self.rows[slot].prefix.length
+        filled = [slots + [0] * (n - len(slots)) for slots in members]
+        return tuple(torch.tensor(x, device=self.device) for x in (lengths, place, filled))
+
+    def next_logits(self, numbers: Tensor, lengths: Tensor, place: Tensor, members: Tensor, after: int) -> Tensor:
+        """Logits (R, V) after one more token per row; numbers (3, R): its id, column and M-RoPE position."""
+        ids, columns, positions = numbers
+        before = self.cache.prefix[0].shape[3]
+        mask = self.mask(lengths, columns[:, None], before, after)
+        aimed = self.cache.decode(columns, place, members, (before, after), mask)
+        hidden = self.policy.forward(ids[:, None], positions[None, :, None].expand(3, -1, -1), mask, aimed, ())
+        return self.policy.logits(hidden[:, 0])
+
+    def captured(self, numbers: Tensor, lengths: Tensor, place: Tensor, members: Tensor, after: int) -> Tensor:
+        """`next_logits` from a CUDA graph, captured once per shape: hundreds of kernels are launched as one."""
+        inputs, key = (numbers, lengths, place, members), (len(place), *members.shape, after)
+        if key not in self.graphs:
+            static = [tensor.clone() for tensor in inputs]
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries set themselves up in the first call, which no graph may hold
+                self.next_logits(*static, after)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph, pool = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits = self.next_logits(*static, after)
+            self.graphs[key] = graph, static, logits
+        graph, static, logits = self.graphs[key]
+        for kept, given in zip(static, inputs):
+            kept.copy_(given)
+        graph.replay()
+        return logits
+
+
+def portions(items: list, lengths: list[int], tokens: int) -> Iterator[list]:
+    """The items in runs of at most `tokens` tokens, padding counted, or of one item."""
+    begin = 0
+    for end in range(1, len(items) + 1):
+        if end == len(items) or (end + 1 - begin) * max(lengths[begin : end + 1]) > tokens:
+            yield items[begin:end]
+            begin = end
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a tensor could still take."""
+    if device.type == "cuda":  # what the allocator has but doesn't use is free as well
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # ======================================================================================================================

@@ -385,6 +385,47 @@ def test_a_rollout_does_not_depend_on_what_is_decoded_beside_it(policy, cfg):
     assert run(9, 1) == run(2, 1) == run(4, -1) == run(1, 1)
 
 
+def test_siblings_share_one_prefill_and_rows_are_as_many_as_fit(monkeypatch, policy, cfg):
+    prompts = [policy.prompt(problem) for problem in data.toy_problems("train", 2)]
+    rollouts = [prompt.fork(len(prompt.ids), (i,)) for prompt in prompts for i in range(4)]
+    engine = axpo.Engine(policy, Sampling(1.0, max_response_tokens=5), cfg)
+    shapes, forward = [], policy.forward
+    monkeypatch.setattr(policy, "forward", lambda ids, *rest: shapes.append(tuple(ids.shape)) or forward(ids, *rest))
+    engine.run(rollouts)
+    assert shapes[0] == (2, max(len(p.ids) for p in prompts)) and set(shapes[1:]) <= {(rows, 1) for rows in range(1, 9)}
+    assert engine.cache.own[0].shape[1:4:2] == (8, 6) and engine.cache.prefix[0].shape[1] == 2
+    row = 2 * 2 * 2 * 32 * 4 * 6 + 32 * len(policy.bias)  # layers, K and V, heads, D, bytes, tokens; and its logits
+    room = 2 * 2 * 2 * 32 * 4 * shapes[0][1] * 2 + 3.5 * row
+    monkeypatch.setattr(axpo, "free_memory", lambda device: room / 0.8)
+    rollouts = [prompt.fork(len(prompt.ids), (i,)) for prompt in prompts for i in range(4)]
+    engine.reserve(rollouts)
+    assert engine.slots == 3
+    monkeypatch.setattr(axpo, "free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match="the cache of one rollout needs"):
+        engine.reserve(rollouts)
+
+
+def test_the_padded_shapes_of_cuda_graphs_change_no_token(monkeypatch, policy, cfg):
+    def run(captures):
+        prompts = [policy.prompt(problem) for problem in data.toy_problems("train", 3)]
+        rollouts = [prompt.fork(len(prompt.ids), (7, n, i)) for n, prompt in enumerate(prompts) for i in range(5)]
+        engine = axpo.Engine(policy, Sampling(1.0, max_response_tokens=60), replace(cfg, max_rows=11))
+        engine.captures = captures
+        engine.run(rollouts)
+        return [r.ids for r in rollouts]
+
+    shapes, steps = set(), axpo.Engine.next_logits
+
+    def replayed(engine, numbers, lengths, place, members, after):
+        shapes.add((len(place), *members.shape, after))
+        return steps(engine, numbers, lengths, place, members, after)
+
+    monkeypatch.setattr(axpo.Engine, "captured", replayed)
+    monkeypatch.setattr(axpo.Engine, "GRAPH_WIDTH", 16)
+    assert run(True) == run(False)
+    assert len(shapes) < 20 and {rows for rows, *_ in shapes} <= {1, 2, 4, 8, 11}
+
+
 def test_image_and_turn_tokens_are_never_sampled(policy):
     logits = torch.zeros(4000, len(policy.bias)) + policy.bias
     ids, logps, entropy = axpo.sample(
