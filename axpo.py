@@ -141,6 +141,10 @@ class Config(ToolConfig):
     tool_threads: int = option(8, "tool calls that run side by side")
     save_every: int = option(20, "steps between checkpoints")
     show_every: int = option(20, "steps between decoded groups in rollouts.txt (0: none)")
+    plan: bool = option(False, "print the memory that full fine-tuning of --model takes on such a machine, and stop")
+    plan_gpus: int = option(8, "its GPUs")
+    plan_memory: float = option(80.0, "GB (1e9 bytes) of each")
+    plan_prompt_tokens: int = option(1024, "the longest question, schemas and images included")
     log_with: Literal["none", "tensorboard", "wandb"] = option("none", "also log to this tracker, through accelerate")
 
     def __post_init__(self):
@@ -2035,6 +2039,56 @@ class Judge:
 # ======================================================================================================================
 # 12. Main
 # ======================================================================================================================
+def plan(config, gpus: int, memory: float, prompt: int, response: int, micro_batch: int, siblings: int) -> dict:
+    """Memory of full fine-tuning by calculation, GB (1e9 bytes) per GPU and part; no weight is made. memory: of one
+    GPU, of which a tenth is kept free; prompt, response, micro_batch: tokens; siblings: rollouts that share a prompt.
+
+    Shards over all GPUs hold weights, gradients and AdamW's moments in float32 and the reference in bf16. While rolling
+    out all weights are gathered in bf16; `rows` rollouts of full length fit beside them. An update also gathers whole
+    gradients, and keeps the inputs of the layers alone, one of which is computed again at a time. Left out: what the
+    vision tower keeps."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    text, count = config.text_config, sum(p.numel() for p in model.parameters())
+    heads, kv = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
+    tokens = max(micro_batch, prompt + response)  # a micro-batch holds at least one stream
+    # What a layer keeps for its backward pass in bf16 (the norms' float32 counts double), and the mask.
+    layer = 2 * tokens * (10 * text.hidden_size + 5 * heads + 8 * kv + 4 * text.intermediate_size) + 3 * tokens**2
+    cached = 2 * 2 * text.num_hidden_layers * kv  # bytes of a token
+    parts = {"weights": 4 * count / gpus, "adamw": 8 * count / gpus, "reference": 2 * count / gpus}
+    room = 0.9e9 * memory - sum(parts.values())
+    parts |= {
+        "gradients": 4 * count / gpus,
+        "gathered": 2 * count,
+        "gathered_gradients": 2 * count,
+        "activations": 2 * tokens * text.hidden_size * text.num_hidden_layers + layer + 3 * 4 * 2048 * text.vocab_size,
+        "row": cached * (response + 1 + prompt / siblings) + 32 * text.vocab_size,  # 32: while sampling
+    }
+    update = sum(parts[name] for name in ("gradients", "gathered", "gathered_gradients", "activations"))
+    parts["update"] = 0.9e9 * memory - room + update
+    rows = max(0, int((room - parts["gathered"]) / parts["row"]))
+    return {k: v / 1e9 for k, v in parts.items()} | {
+        "parameters": count / 1e9, "rows": rows, "fits": rows > 0 and update <= room
+    }  # fmt: skip
+
+
+def print_plan(cfg: Config) -> None:
+    """`plan` as a row of a Markdown table."""
+    from transformers import AutoConfig
+
+    try:
+        config = data.toy_model()[0].config if cfg.model == "toy" else AutoConfig.from_pretrained(cfg.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read --model {cfg.model}: {str(error).splitlines()[0]}") from error
+    sizes = cfg.plan_prompt_tokens, cfg.max_response_tokens, cfg.micro_batch_tokens, cfg.rollouts_per_question
+    parts = plan(config, cfg.plan_gpus, cfg.plan_memory, *sizes)
+    print(f"| GB per GPU | {' | '.join(parts).replace('_', ' ')} |\n{'|---' * (len(parts) + 1)}|")
+    cells = " | ".join(f"{v:.2f}" if type(v) is float else str(v) for v in parts.values())
+    print(f"| {Path(cfg.model).name}, {cfg.plan_gpus} x {cfg.plan_memory:g} GB | {cells} |")
+
+
 def load_policy(name: str, device, seed: int = 0) -> Policy:
     """The toy model, drawn with the seed, or a checkpoint from a folder or the Hub, in float32 (bf16 arithmetic on
     CUDA). ValueError if it is none that can be trained here."""
@@ -2159,7 +2213,7 @@ def main(cfg: Config) -> None:
 if __name__ == "__main__":
     try:
         cfg = parse(sys.argv[1:])
-        regrade(cfg) if cfg.regrade else main(cfg)
+        regrade(cfg) if cfg.regrade else print_plan(cfg) if cfg.plan else main(cfg)
     except (ValueError, OSError) as error:
         sys.exit(f"axpo.py: {error}")
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -2223,3 +2224,442 @@ def test_importing_the_modules_has_no_side_effects(tmp_path):
 def test_help_explains_every_option():
     done = run(sys.executable, HERE / "axpo.py", "--help")
     assert done.returncode == 0 and "continuations of each selected prefix" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan
+# ----------------------------------------------------------------------------------------------------------------------
+SHAPES = {"2B": (2048, 28, 16, 6144, True), "4B": (2560, 36, 32, 9728, True), "8B": (4096, 36, 32, 12288, False)}
+
+
+def shape(size):
+    """Config of Qwen3-VL-2B, -4B or -8B-Thinking, as published; the special tokens' ids are the toy tokenizer's."""
+    from transformers import Qwen3VLConfig
+
+    width, layers, heads, inner, tied = SHAPES[size]
+    depth, vision_width, vision_inner, deep = (
+        (27, 1152, 4304, [8, 16, 24]) if size == "8B" else (24, 1024, 4096, [5, 11, 17])
+    )
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    special = data.toy_tokenizer().get_vocab()
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": 151936, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": tied,
+            "max_position_embeddings": 262144, "rope_parameters": rope,
+        },
+        vision_config={
+            "depth": depth, "hidden_size": vision_width, "intermediate_size": vision_inner, "num_heads": 16,
+            "out_hidden_size": width, "deepstack_visual_indexes": deep,
+        },
+        image_token_id=special["<|image_pad|>"], video_token_id=special["<|video_pad|>"],
+        vision_start_token_id=special["<|vision_start|>"], vision_end_token_id=special["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def test_plan_counts_what_the_tensors_hold(policy, cfg):
+    prompt = policy.prompt(data.toy_problems("train", 2)[1])
+    parts = axpo.plan(policy.model.config, 1, 80, prompt.prompt_len, 40, 0, 8)
+    trained = fresh(policy)
+    optimizer = torch.optim.AdamW(trained.model.parameters())
+    sum(p.sum() for p in trained.model.parameters()).backward()
+    optimizer.step()
+    size = lambda tensors: sum(t.nbytes for t in tensors) / 1e9  # noqa: E731
+    assert parts["weights"] == pytest.approx(size(trained.model.parameters()))
+    assert parts["gradients"] == pytest.approx(size(p.grad for p in trained.model.parameters()))
+    moments = (state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    assert parts["adamw"] == pytest.approx(size(moments))
+    engine = axpo.Engine(policy, Sampling(1.0, max_response_tokens=40), cfg)
+    engine.reserve([prompt.fork(len(prompt.ids), (i,)) for i in range(8)])
+    held = size([*engine.cache.own, *engine.cache.prefix]) / 2  # in float32 here
+    assert 8 * parts["row"] - 8 * 32 * len(policy.bias) / 1e9 == pytest.approx(held)
+
+
+@pytest.mark.parametrize("size, billions", [("2B", 2.13), ("4B", 4.44), ("8B", 8.77)])
+def test_plan_fits_the_2b_on_one_gpu_and_the_8b_on_eight(size, billions):
+    fits = {gpus: axpo.plan(shape(size), gpus, 80, 1024, 16384, 16384, 8) for gpus in (1, 8)}
+    assert fits[1]["parameters"] == pytest.approx(billions, abs=0.005)
+    assert (fits[1]["fits"], fits[8]["fits"]) == (size == "2B", True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmarks: `pytest -m bench -s`, and only then. Every number is a ratio to what takes turns with it in the same run.
+# ----------------------------------------------------------------------------------------------------------------------
+with warnings.catch_warnings():  # pytest would have its marks listed in a file of their own
+    warnings.simplefilter("ignore")
+    marked = pytest.mark.bench
+
+
+def bench(test):
+    """Collected where `-m bench` asks for it."""
+    return marked(test) if "bench" in sys.argv else None
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
+
+
+def endless(model):
+    """A policy, random or not, whose every rollout is as long as allowed: it can neither end a turn nor call a tool."""
+    endless = axpo.Policy(model, *data.toy_model()[1:])
+    endless.bias[[*endless.eos, endless.call_open]] = -math.inf
+    return endless
+
+
+def random_policy(size, dtype=torch.bfloat16):
+    """Random weights in a real shape on the GPU (the toy's for "toy", on the CPU)."""
+    from transformers import AutoModelForImageTextToText
+
+    if size == "toy":
+        return endless(data.toy_model()[0].eval())
+    with torch.device("cuda"):
+        return endless(AutoModelForImageTextToText.from_config(shape(size), dtype=dtype).eval())
+
+
+def race(title, contenders, repeats=5, target=""):
+    """Let the contenders {name: function} take turns, after one round to warm up. Prints each one's median seconds, and
+    its ratio to the first one's with the smallest and the largest of a round. Returns the median seconds."""
+    seconds = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, work in contenders.items():
+            began = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name] += [time.perf_counter() - began] if turn else []
+    return report(title, seconds, target)
+
+
+def report(title, seconds, target=""):
+    print(f"\n{title}" + f" (target: {target})" * bool(target))
+    first = next(iter(seconds.values()))
+    for name, own in seconds.items():
+        ratios = [b / a for a, b in zip(first, own)]
+        ratio = f"{np.median(own) / np.median(first):6.2f} x   ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"  {name:<44}{np.median(own):8.3f} s {ratio}")
+    return {name: float(np.median(own)) for name, own in seconds.items()}
+
+
+@pytest.fixture(scope="module")
+def bench_cfg(tmp_path_factory):
+    return axpo.parse(["--output_dir", str(tmp_path_factory.mktemp("bench")), "--sft_steps", "90", "--sft_batch", "48"])
+
+
+@pytest.fixture(scope="module")
+def practised(bench_cfg):
+    """A policy that calls tools: AXPO_BENCH_MODEL, or the toy model after half a minute of SFT."""
+    if path := os.environ.get("AXPO_BENCH_MODEL"):
+        return axpo.load_policy(path, "cpu")
+    from accelerate import Accelerator
+
+    policy = axpo.load_policy("toy", "cpu")
+    rollouts = [axpo.to_rollout(policy, *trajectory) for trajectory in data.toy_trajectories(600, 0, bench_cfg)]
+    axpo.train_sft(
+        policy, rollouts, bench_cfg, axpo.Run(Path(bench_cfg.output_dir) / "bench", bench_cfg, Accelerator())
+    )
+    return policy
+
+
+def rollouts_of(policy, problems, count, seed=0):
+    prompts = [policy.prompt(problem) for problem in problems]
+    return [p.fork(len(p.ids), (seed, n, i)) for n, p in enumerate(prompts) for i in range(count)]
+
+
+def sampled_turns(rollout):
+    """(start, end) of every turn's sampled tokens."""
+    edges = np.flatnonzero(np.diff([0, *rollout.mask, 0]))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
+
+
+def generate_again(policy, rollouts, cfg):
+    """Finished rollouts once more, in the way of trainers that build on `generate`: turn by turn, one call over all rows
+    that have the turn, left-padded, everything before it encoded anew; then the tools, on as many threads. A logits
+    processor dictates the same tokens."""
+    from transformers import LogitsProcessorList
+
+    boxes = {id(r): Toolbox(r.problem.images, cfg) for r in rollouts}
+    pool = ThreadPoolExecutor(cfg.tool_threads)
+    for turn in range(max(r.turns for r in rollouts)):
+        rows = [(r, *sampled_turns(r)[turn]) for r in rollouts if len(sampled_turns(r)) > turn]
+        width, longest = max(start for _, start, _ in rows), max(end - start for _, start, end in rows)
+        ids = torch.full((len(rows), width), policy.tokenizer.pad_token_id)
+        seen, script = torch.zeros_like(ids), torch.full((len(rows), longest), policy.end)
+        for i, (r, start, end) in enumerate(rows):
+            ids[i, width - start :], seen[i, width - start :] = torch.tensor(r.ids[:start]), 1
+            script[i, : end - start - 1] = torch.tensor(r.ids[start : end - 1])  # and <|im_end|> for the last one
+        pictures = [p for r, start, _ in rows for p in r.pictures if p.start < start]
+        inputs = {"input_ids": ids, "attention_mask": seen, "mm_token_type_ids": (ids == policy.image_id).int()}
+        if pictures:
+            inputs |= {"pixel_values": torch.cat([p.pixels for p in pictures])}
+            inputs |= {"image_grid_thw": torch.tensor([p.grid for p in pictures])}
+        inputs = {name: x.to(policy.bias.device) for name, x in inputs.items()}
+        script = script.to(policy.bias.device)
+
+        def dictate(ids, scores, script=script, width=width):
+            return torch.full_like(scores, -math.inf).scatter(1, script[:, ids.shape[1] - width, None], 0.0)
+
+        out = policy.model.generate(
+            **inputs, max_new_tokens=longest, do_sample=True, top_k=0, top_p=1.0, pad_token_id=policy.end,
+            eos_token_id=policy.end, logits_processor=LogitsProcessorList([dictate]),
+        )  # fmt: skip
+        assert torch.equal(out[:, width:], script)
+        called = [(boxes[id(r)], r, r.calls[turn]) for r, *_ in rows if turn < r.turns - 1]
+        texts = [policy.tokenizer.decode(r.ids[c.start : c.end - 1]) for _, r, c in called]
+        observed = pool.map(lambda box, text: box.call(text), [box for box, *_ in called], texts)
+        [policy.encode_image(image) for observation in observed for image in observation.images]
+    pool.shutdown()
+    for box in boxes.values():
+        box.close()
+
+
+def race_generate(policy, rollouts, sampling, cfg, title, target, repeats):
+    def engine():
+        axpo.Engine(policy, sampling, cfg).run([r.fork(r.prompt_len, r.seed) for r in rollouts])
+
+    axpo.Engine(policy, sampling, cfg).run(rollouts)
+    tokens = sum(sum(r.mask) for r in rollouts)
+    names = {"Engine": engine, "generate": lambda: generate_again(policy, rollouts, cfg)}
+    seconds = race(f"{title}: {len(rollouts)} rollouts, {tokens} tokens", names, repeats, target)
+    print("  tokens/s: " + ", ".join(f"{name} {tokens / s:.0f}" for name, s in seconds.items()))
+
+
+@bench
+def test_bench_rollouts_with_tools_against_generate(practised, bench_cfg):
+    rollouts = rollouts_of(practised, data.load("toy", 16), 8)
+    sampling = Sampling(1.0, max_response_tokens=bench_cfg.max_response_tokens)
+    race_generate(practised, rollouts, sampling, bench_cfg, "Rollouts with tools, toy", "3 x", 5)
+
+
+@bench
+def test_bench_rollouts_behind_a_long_prompt_against_generate(bench_cfg):
+    """The toy's prompts have 81 tokens, as its vocabulary holds whole sentences. Qwen's have 700 and more."""
+    policy = random_policy("toy")
+    problems = [replace(problem, question=problem.question + " Mira" * 300) for problem in data.load("toy", 8)]
+    sampling = Sampling(1.0, max_response_tokens=128)
+    race_generate(policy, rollouts_of(policy, problems, 8), sampling, bench_cfg, "681-token prompts, toy", "3 x", 3)
+
+
+@bench
+@pytest.mark.parametrize("size, tokens", [("toy", 128)] + [("2B", 512), ("8B", 512)] * torch.cuda.is_available())
+def test_bench_equally_long_rollouts_against_generate(bench_cfg, size, tokens):
+    """No row ends early and no tool is called: what is left is prefill and the decode step. The case best for generate."""
+    policy = random_policy(size)
+    rollouts = rollouts_of(policy, data.load("toy", 8), 8)
+    sampling = Sampling(1.0, max_response_tokens=tokens)
+    race_generate(policy, rollouts, sampling, bench_cfg, f"Equal rollouts, {size}", "5 x on a GPU", 3)
+
+
+@bench
+@needs_gpu
+@pytest.mark.parametrize("size", ["2B", "8B"])
+def test_bench_decode_step_against_the_memory_floor(bench_cfg, size):
+    policy, block = random_policy(size), torch.empty(2**30, device="cuda", dtype=torch.bfloat16)
+
+    def run(tokens):
+        sampling = Sampling(1.0, max_response_tokens=tokens)
+        axpo.Engine(policy, sampling, bench_cfg).run(rollouts_of(policy, data.load("toy", 8), 8))
+
+    seconds = race(
+        f"Decoding, {size}",
+        {"copy 2 GiB": block.clone, "64 tokens": lambda: run(64), "320 tokens": lambda: run(320)},
+        3,
+    )
+    bandwidth = 2 * block.nbytes / seconds["copy 2 GiB"]  # read and written
+    text = policy.model.config.text_config
+    columns = rollouts_of(policy, data.load("toy", 1), 1)[0].prompt_len + 192  # of a row, at the middle step
+    cache = 64 * columns * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * 2
+    floor = (sum(p.nbytes for p in policy.model.model.language_model.parameters()) + cache) / bandwidth
+    step = (seconds["320 tokens"] - seconds["64 tokens"]) / 256
+    print(
+        f"  {bandwidth / 1e9:.0f} GB/s; a step takes {1e3 * step:.2f} ms, the floor is {1e3 * floor:.2f} ms: {step / floor:.2f} x"
+    )
+
+
+def rl_step(policy, cfg, problems):
+    """A function that takes one RL step after the other with a vanishing learning rate, so that all are alike."""
+    policy, steps = fresh(policy), iter(range(1000))
+    reference, optimizer = fresh(policy), torch.optim.AdamW(policy.model.parameters(), lr=1e-9)
+
+    def step():
+        batch = axpo.axpo_batch(problems, policy, cfg, next(steps))
+        axpo.update(policy, reference, optimizer, batch.streams, len(problems) * cfg.rollouts_per_question, cfg)
+        rollouts = axpo.all_rollouts(batch)
+        step.tokens.append(sum(len(r.ids) - r.parent_len for r in rollouts))
+        step.rewards.append(np.mean([r.reward for r in rollouts]))
+
+    step.tokens, step.rewards = [], []
+    return step
+
+
+@bench
+@pytest.mark.parametrize("turns, target", [(1, "2 x"), (3, "4 x")], ids=["without tools", "with tools"])
+def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, target):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    problems = [p for p in data.load("toy", 48) if not p.images][:16]
+    ours = rl_step(practised, replace(bench_cfg, algo="grpo", max_turns=turns), problems)
+    practised.save(tmp_path / "model")
+    theirs = axpo.load_policy(str(tmp_path / "model"), "cpu")  # TRL loads its reference from where the policy came from
+    theirs.model.generation_config.eos_token_id = [*theirs.eos, theirs.call_close]  # a turn ends with its call
+    tokenizer = data.toy_tokenizer()
+    prompts = [tokenizer.decode(theirs.prompt(problem).ids) for problem in problems]
+    seconds, tokens, rewards, began = {"axpo": [], "trl": []}, [], [], []
+
+    class Tools:
+        """A rollout's toolbox as TRL wants it: every public method a tool."""
+
+        def reset(self, index, **_):
+            self._close()
+            self._box = Toolbox(problems[index].images, bench_cfg)
+
+        def _close(self):
+            if hasattr(self, "_box"):
+                self._box.close()
+
+        def python(self, code: str) -> str:
+            """Run Python.
+
+            Args:
+                code: the code
+            """
+            return self._box.call(json.dumps({"name": "python", "arguments": {"code": code}})).text
+
+        def search(self, query: str, max_results: int = 5) -> str:
+            """Search.
+
+            Args:
+                query: what to look for
+                max_results: how many
+            """
+            arguments = {"query": query, "max_results": max_results}
+            return self._box.call(json.dumps({"name": "tavily-search", "arguments": arguments})).text
+
+    Tools.search.__name__ = "tavily-search"
+
+    def right(completions, completion_ids, index, **_):
+        tokens.append(sum(map(len, completion_ids)))
+        texts = [c if isinstance(c, str) else "</think>\n\n" + c[-1]["content"] for c in completions]  # TRL cuts it off
+        rewards.extend(axpo.grade(problems[i], text) for i, text in zip(index, texts))
+        return rewards[-len(texts) :]
+
+    class Alternate(TrainerCallback):
+        """TRL's step, then ours."""
+
+        def on_step_begin(self, *_, **__):
+            began.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            middle = time.perf_counter()
+            ours()
+            seconds["trl"].append(middle - began[-1])
+            seconds["axpo"].append(time.perf_counter() - middle)
+
+    if turns > 1:  # the prompt, schemas and all, is what the user says; only what follows is rendered
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content }}"
+            "{% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call><|im_end|>{% endfor %}"
+            "{% if m.role == 'tool' %}\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n{% endif %}"
+            "{% if not loop.last and loop.nextitem.role == 'tool' %}\n<|im_start|>user\n<tool_response>\n{% endif %}"
+            "{% endfor %}"
+        )
+        from trl.chat_template_utils import qwen3_template
+
+        tokenizer.response_template = qwen3_template
+        theirs.model.config.max_position_embeddings = 4096  # TRL looks for it here where it is given a tokenizer
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    trainer = trl.GRPOTrainer(
+        theirs.model, reward_funcs=right, processing_class=tokenizer, callbacks=[Alternate()],
+        train_dataset=Dataset.from_list([{"prompt": p, "index": i} for i, p in enumerate(prompts)]),
+        environment_factory=Tools if turns > 1 else None,
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path), max_steps=5, learning_rate=1e-9, num_generations=8, beta=bench_cfg.beta,
+            per_device_train_batch_size=16, gradient_accumulation_steps=8, epsilon=0.2, epsilon_high=0.4,
+            max_completion_length=bench_cfg.max_response_tokens, max_tool_calling_iterations=turns - 1,
+            loss_type="grpo", bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
+            save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
+        ),
+    )  # fmt: skip
+    trainer.train()
+    report("GRPO step against TRL's GRPOTrainer", {name: s[1:] for name, s in seconds.items()}, target)
+    print(f"  response tokens per step: axpo {np.mean(ours.tokens):.0f}, trl {np.mean(tokens):.0f}; ", end="")
+    print(f"mean reward: axpo {np.mean(ours.rewards):.2f}, trl {np.mean(rewards):.2f}")
+
+
+@bench
+def test_bench_axpo_step_against_grpo(practised, bench_cfg):
+    problems, contenders = data.load("toy", 16), {}
+    for name, options in {
+        "grpo": {"algo": "grpo"},
+        "axpo": {},
+        "grpo, 2 N": {"algo": "grpo", "rollouts_per_question": 16},
+    }.items():
+        contenders[name] = rl_step(practised, replace(bench_cfg, **options), problems)
+    race("AXPO step against GRPO", contenders, 6, "at most 1.25 x")
+    print(
+        "  response tokens per step: "
+        + ", ".join(f"{name} {np.mean(step.tokens):.0f}" for name, step in contenders.items())
+    )
+
+
+@bench
+def test_bench_update_with_the_prompt_computed_once(practised, bench_cfg, monkeypatch):
+    batch = axpo.axpo_batch(data.load("toy", 16), practised, bench_cfg, 0)
+    trained, real = fresh(practised), axpo.shared_length
+    optimizer = torch.optim.AdamW(trained.model.parameters(), lr=1e-9)
+
+    def update(shared):
+        monkeypatch.setattr(axpo, "shared_length", shared)
+        axpo.update(trained, practised, optimizer, batch.streams, 128, bench_cfg)
+
+    contenders = {"prompt once": lambda: update(real), "full padded rows": lambda: update(lambda _: 0)}
+    seconds = race(f"Update on {len(batch.streams)} streams", contenders, 3)
+    tokens = sum(sum(s.rollout.mask[s.start : s.end]) for s in batch.streams)
+    print("  trained tokens/s: " + ", ".join(f"{name} {tokens / s:.0f}" for name, s in seconds.items()))
+
+
+@bench
+@needs_gpu
+@pytest.mark.parametrize("tokens", [4096, 16384])
+def test_bench_update_of_the_2b_on_a_gpu(bench_cfg, tokens):
+    policy, reference = random_policy("2B", torch.float32), random_policy("2B")
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-9)
+    cfg, streams = replace(bench_cfg, micro_batch_tokens=16384), []
+    for i, rollout in enumerate(rollouts_of(policy, data.load("toy", 1), 16384 // tokens * 2)):
+        ids = np.random.default_rng(i).integers(0, 256, tokens).tolist()
+        rollout.append(ids, 1, -5.0)
+        streams.append(Stream(rollout, rollout.prompt_len, len(rollout.ids), 1.0))
+    torch.cuda.reset_peak_memory_stats()
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    work = {
+        "matmul 8192^3": lambda: x @ x,
+        "update": lambda: axpo.update(policy, reference, optimizer, streams, 8, cfg),
+    }
+    seconds = race(f"Update of the 2B, {len(streams)} responses of {tokens} tokens", work, 3)
+    text, total = policy.model.config.text_config, len(streams) * tokens
+    attention = 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * tokens  # QK and AV, causal
+    flops = 8 * total * (sum(p.numel() for p in policy.model.model.language_model.parameters()) + attention)
+    peak = 2 * 8192**3 / seconds["matmul 8192^3"]  # 8: forward and backward of the policy, forward of the reference
+    print(f"  {total / seconds['update']:.0f} tokens/s, {flops / seconds['update'] / peak:.0%} of the matmul's {peak / 1e12:.0f} "
+          f"TFLOP/s, peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")  # fmt: skip
+
+
+@bench
+def test_bench_cost_grows_in_proportion(bench_cfg):
+    """Four times the rollouts, four times the length: at most four times the seconds, but for attention."""
+    policy, problems = random_policy("toy"), data.load("toy", 32)
+
+    def work(count, tokens):
+        cfg = replace(bench_cfg, algo="grpo", rollouts_per_question=8, max_response_tokens=tokens)
+        return rl_step(policy, cfg, problems[:count])
+
+    race(
+        "Growth of a step",
+        {
+            "4 x 8 rollouts of 48 tokens": work(4, 48),
+            "4 times the rollouts": work(16, 48),
+            "4 times the tokens": work(4, 192),
+        },
+        3,
+    )
