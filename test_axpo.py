@@ -2414,7 +2414,7 @@ def generate_again(policy, rollouts, cfg):
 
 def race_generate(policy, rollouts, sampling, cfg, title, target, repeats):
     def engine():
-        axpo.Engine(policy, sampling, cfg).run([r.fork(r.prompt_len, r.seed) for r in rollouts])
+        axpo.Engine(policy, sampling, cfg).run([r.parent.fork(r.prompt_len, r.seed) for r in rollouts])
 
     axpo.Engine(policy, sampling, cfg).run(rollouts)
     tokens = sum(sum(r.mask) for r in rollouts)
