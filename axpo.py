@@ -62,6 +62,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 import data
 from data import Problem
@@ -568,8 +569,8 @@ class Policy:
         return torch.cat(parts, 1), position + length - start
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache, pictures: Sequence[Picture]) -> Tensor:
-        """Hidden states (R, T, D) of ids (R, T) at positions (3, R, T); mask (R or 1, 1, T, keys) is True where a key
-        may be seen."""
+        """Hidden states (R, T, D) of ids (R, T) at positions (3, R, T); mask (R, 1, T, keys) is True where a key may be
+        seen, or is CAUSAL."""
         model, device = self.model.model, self.bias.device
         ids = ids.to(device)
         embeds, seen, deep = model.get_input_embeddings()(ids), None, None
@@ -723,10 +724,18 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
 
 
+CAUSAL = torch.empty(0, 0, 0, 0)  # stands for a mask in which each query sees what precedes it, and is never built
+
+
 def attention(module, query, key, value, attention_mask, scaling=None, **options):  # the signature is transformers'
-    """transformers' own attention, but for a decode step, whose keys never leave the cache."""
+    """transformers' own attention, but for a decode step, whose keys never leave the cache, and for CAUSAL, where the
+    queries are the last of the keys: flash attention on a GPU."""
     if isinstance(key, KVCache):
         return key.attend(query, value, scaling), None
+    if attention_mask is not None and attention_mask.numel() == 0:
+        bias = causal_lower_right(query.shape[2], key.shape[2])
+        out = F.scaled_dot_product_attention(query, key, value, bias, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
@@ -844,10 +853,9 @@ class Engine:
     def prefill(self, leaders: list[Rollout], free: Iterator[int]) -> None:
         """Compute the prefixes that these rollouts begin with, each into a free slot."""
         for some in portions(leaders, [len(r.ids) for r in leaders], self.PREFILL_TOKENS):
-            slots, longest = list(islice(free, len(some))), max(len(r.ids) for r in some)
-            mask = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()[None, None]
+            slots = list(islice(free, len(some)))
             aimed = self.cache.prefill(torch.tensor(slots, device=self.device))
-            logits, positions = self.feed([(r, 0, 0) for r in some], mask, aimed)
+            logits, positions = self.feed([(r, 0, 0) for r in some], CAUSAL, aimed)
             for r, *prefix in zip(some, slots, map(len, (r.ids for r in some)), positions, logits):
                 self.prefixes[self.key(r)] = Prefix(*prefix)
 
@@ -1107,12 +1115,10 @@ def stream_logps(policy: Policy, streams: Sequence[Stream], temperature: float) 
     if shared:
         first = streams[0].rollout
         before = [p for p in first.pictures if p.start < shared]
-        causal = torch.ones(shared, shared, dtype=torch.bool).tril()[None, None]
         head = torch.tensor(first.ids[:shared])[None]
-        policy.forward(head, policy.positions(shared, before)[0][:, None], causal, cache, before)
+        policy.forward(head, policy.positions(shared, before)[0][:, None], CAUSAL, cache, before)
         cache.complete = True
-    causal = torch.ones(max(lengths), shared + max(lengths), dtype=torch.bool).tril(shared)[None, None]
-    hidden = policy.forward(ids, positions, causal, cache if shared else None, pictures)
+    hidden = policy.forward(ids, positions, CAUSAL, cache if shared else None, pictures)
     ids, mask = ids.to(device), mask.to(device)
     logps = torch.zeros(mask.shape, device=device)
     logps[:, 1:][mask[:, 1:]] = token_logps(policy, hidden[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]], temperature)
