@@ -15,6 +15,7 @@ often fail, so that a call never earns credit. AXPO is GRPO plus one move for ex
 
     torchrun axpo.py                      # SFT, RL and evaluation of a tiny model in a toy world, on a CPU
     torchrun axpo.py --algo grpo          # the baseline
+    torchrun --nproc_per_node=8 axpo.py   # on eight GPUs (or CPU processes)
     torchrun axpo.py --stage eval --model runs/toy-axpo/rl --data toy     # one stage, from any Qwen3-VL checkpoint
     torchrun axpo.py --stage eval --model Qwen/Qwen3-VL-8B-Thinking       # the paper's nine benchmarks
 
@@ -52,7 +53,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from string import ascii_uppercase
@@ -64,12 +65,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
@@ -357,22 +353,19 @@ def uncertainty(rollout: Rollout, rank: str) -> float:
 # 4. AXPO: one batch
 # ======================================================================================================================
 def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: int) -> Batch:
-    """Roll out, grade, find the all-wrong tool subgroups, resample from them, credit. Without a trigger it is GRPO. Of
-    many processes each has the groups of some questions, and the budget is that of all."""
-    mine = deal(range(len(problems)))
+    """Roll out, grade, find the all-wrong tool subgroups, resample from them, credit. Without a trigger it is GRPO."""
+    mine = deal(range(len(problems)))  # of several processes, each has the groups of some questions; the budget is one
     sampling = Sampling(cfg.temperature, max_turns=cfg.max_turns, max_response_tokens=cfg.max_response_tokens)
-    asked = [problems[q] for q in mine]
-    groups = rollout_groups(policy, asked, cfg.rollouts_per_question, sampling, cfg, (cfg.seed, step))
+    groups = rollout_groups(policy, deal(problems), cfg.rollouts_per_question, sampling, cfg, (cfg.seed, step))
     rewards = [torch.tensor([rollout.reward for rollout in group]) for group in groups]
 
     wrong = [all_wrong_tool_rollouts([r.reward for r in group], [r.used_tool for r in group]) for group in groups]
     # A call that the length limit cut off at its opening tag leaves no room for another.
     wrong = [[i for i in sources if g[i].calls[0].start < g[i].calls[0].end] for g, sources in zip(groups, wrong)]
-    wrong = wrong if cfg.algo == "axpo" else [[] for _ in groups]
     uncertainties = [[uncertainty(g[i], cfg.rank) for i in sources] for g, sources in zip(groups, wrong)]
     # 1e-9: 0.29 * 100 in floats is a little less than 29
     budget = int(cfg.resample_ratio * len(problems) * cfg.rollouts_per_question / cfg.resamples_per_prefix + 1e-9)
-    selected = select_prefixes(collect(uncertainties), budget)  # the same on every process
+    selected = select_prefixes(collect(uncertainties), budget) if cfg.algo == "axpo" else []
     chosen = [(mine.index(q), wrong[mine.index(q)][c]) for q, c in selected if q in mine]
     resamples = resample(policy, groups, chosen, sampling, cfg)
 
@@ -393,8 +386,8 @@ def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: i
 
 @dataclass(frozen=True)
 class Batch:
-    """What `axpo_batch` returns: this process's of the B groups of N rollouts, of the resampled prefixes, and of the
-    streams to train on."""
+    """What `axpo_batch` returns: groups of N rollouts, the resampled prefixes, and the streams to train on; all B
+    groups, or this process's share."""
 
     groups: list[list[Rollout]]
     resamples: list[Resample]
@@ -609,7 +602,7 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Collective: every process calls it, the first one writes."""
-        weights = get_model_state_dict(self.model, options=WHOLE)
+        weights = state_dict.get_model_state_dict(self.model, options=WHOLE)
         if is_first():
             for name in self.model.all_tied_weights_keys:  # gathered, they no longer share their memory
                 weights.pop(name, None)
@@ -970,18 +963,21 @@ def add_gradients(policy: Policy, optimizer) -> None:
             whole.grad = None
 
 
-def optimise(policy: Policy, optimizer, batches: Sequence[list[Stream]], loss: Callable, cfg: Config) -> float:
-    """One step along the sum of loss(i, batches[i]) over the micro-batches of all processes. Returns the gradient's
-    norm before clipping. Collective, with any number of batches, or none."""
+def optimise(policy: Policy, optimizer, batches: Sequence[list[Stream]], loss: Callable, cfg: Config) -> tuple:
+    """One step along the sum of loss(i, batches[i]) over the micro-batches of all processes. Returns this sum and the
+    gradient's norm before clipping. Collective, with any number of batches, or none."""
+    total = 0.0
     optimizer.zero_grad(set_to_none=True)
     with gathered(policy):
         for i in range(max(everyones(len(batches)))):
             if i < len(batches):
-                loss(i, batches[i]).backward()
+                part = loss(i, batches[i])
+                part.backward()
+                total += part.item()
             add_gradients(policy, optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return sum(everyones(total)), (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def checkpoint_layers(model) -> None:
@@ -990,11 +986,10 @@ def checkpoint_layers(model) -> None:
 
     def checkpointed(forward):
         def run(*inputs, **named):  # as transformers calls a layer
+            again = partial(forward, **named)
             if not torch.is_grad_enabled():
-                return forward(*inputs, **named)
-            return torch.utils.checkpoint.checkpoint(
-                forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named
-            )
+                return again(*inputs)
+            return torch.utils.checkpoint.checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)
 
         return run
 
@@ -1002,7 +997,7 @@ def checkpoint_layers(model) -> None:
         layer.forward = checkpointed(layer.forward)
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process; the others get {}
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process; the others get {}
 
 
 # ======================================================================================================================
@@ -1108,9 +1103,7 @@ def micro_batches(streams: Sequence[Stream], tokens: int) -> list[list[Stream]]:
     return min((pack(by_question), pack(by_length)), key=lambda batches: sum(map(cost, batches)))
 
 
-def update(
-    policy: Policy, reference: Policy | None, optimizer, streams: list[Stream], total: int, cfg: Config
-) -> dict[str, float]:
+def update(policy: Policy, reference, optimizer, streams: list[Stream], total: int, cfg: Config) -> dict[str, float]:
     """Raise the objective on one batch, of which this process has these streams. `total` = B * N is the one denominator
     of all streams, so that neither micro-batches nor their order nor processes change the result. pi_old is what the
     trainer itself computes before its first step. Without a KL (beta 0) there is no reference, and a stream without
@@ -1138,7 +1131,7 @@ def update(
         return loss.sum() / total  # Paper leaves this open: the mean per stream, their sum over B * N
 
     for _ in range(cfg.epochs_per_batch):
-        norm = optimise(policy, optimizer, batches, part, cfg)
+        _, norm = optimise(policy, optimizer, batches, part, cfg)
     sums |= {"skipped": len(streams) - len(kept), "streams": len(streams)}
     sums = {name: sum(values) for name, *values in zip(sums, *(s.values() for s in everyones(sums)))}
     loss, tokens = sums.pop("loss") / cfg.epochs_per_batch, max(sums.pop("tokens"), 1.0)
@@ -1316,25 +1309,18 @@ def train_sft(policy: Policy, rollouts: Sequence[Rollout], cfg: Config, run: Run
         drawn = [rollouts[i] for i in deal(draw(len(rollouts), cfg.sft_batch, step, cfg.seed))]
         streams = [Stream(r, r.prompt_len, len(r.ids), 1.0) for r in drawn]
         total = sum(everyones(sum(sum(r.mask) for r in drawn)))
-        losses: list[float] = []
 
-        def part(_, batch: list[Stream], total=total, losses=losses) -> Tensor:
+        def part(_, batch: list[Stream], total=total) -> Tensor:
             logps, mask = stream_logps(policy, batch, 1.0)
-            loss = -logps[mask].sum() / total
-            losses.append(loss.item())
-            return loss
+            return -logps[mask].sum() / total
 
-        norm = optimise(policy, optimizer, micro_batches(streams, cfg.micro_batch_tokens), part, cfg)
-        loss = sum(everyones(sum(losses)))
+        loss, norm = optimise(policy, optimizer, micro_batches(streams, cfg.micro_batch_tokens), part, cfg)
         run.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "seconds": time.time() - began})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.sft_steps:
             run.checkpoint("sft", step + 1, policy, optimizer)
 
 
-def train_rl(
-    policy: Policy, reference: Policy | None, problems: Sequence[Problem], held_out: Sequence[Problem],
-    cfg: Config, run: Run,
-) -> None:  # fmt: skip
+def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, cfg: Config, run: Run) -> None:
     """GRPO or AXPO from the given policy; the reference of the KL is the same, frozen."""
     optimizer = make_optimizer(policy, cfg.lr, cfg)
     start = run.restore("rl", policy, optimizer)
@@ -1417,15 +1403,9 @@ PAPER = {  # Pass@1 and Pass@4, the mean of the nine sets
 
 def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path) -> dict[str, dict]:
     """Dump every rollout to `path`, from where a killed evaluation goes on. Returns `evaluation_parts`. Collective."""
-    sampling = Sampling(
-        cfg.eval_temperature,
-        cfg.eval_top_p,
-        cfg.eval_top_k,
-        cfg.eval_presence_penalty,
-        cfg.eval_max_turns,
-        cfg.eval_max_response_tokens,
-    )
-    judge = make_judge(cfg, path) if is_first() else None
+    limits = cfg.eval_max_turns, cfg.eval_max_response_tokens
+    sampling = Sampling(cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k, cfg.eval_presence_penalty, *limits)
+    reward = partial(evaluation_reward, judge=make_judge(cfg, path) if is_first() else None)
 
     def rows(r: Rollout) -> list[dict]:
         row = {name: getattr(r.problem, name) for name in PROBLEM_FIELDS}
@@ -1433,9 +1413,6 @@ def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Pat
         row |= {"reward": r.reward, "prompt_len": r.prompt_len, "ids": r.ids, "mask": r.mask}
         text = policy.tokenizer.decode([i for i in r.ids[r.prompt_len :] if i != policy.image_id])
         return [row | {"response_length": len(r.ids) - r.prompt_len, "text": text}]
-
-    def reward(row: dict) -> float:
-        return evaluation_reward(row, judge)
 
     rollouts_to_file(policy, problems, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30), path, rows, reward)
     return everyones(evaluation_parts(read_lines(path)) if is_first() else {})[0]
@@ -1573,6 +1550,7 @@ class Run:
     def __init__(self, folder: Path, cfg: Config, accelerator):
         self.cfg, self.accelerator, self.folder, self.bar = cfg, accelerator, folder, None
         if not is_first():
+            self.log = self.show = self.draw_curves = lambda *_: None
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.json"
@@ -1593,17 +1571,14 @@ class Run:
     def progress(self, title: str, start: int, steps: int):
         from tqdm import tqdm
 
-        self.bar = tqdm(
-            range(start, steps), title, total=steps, initial=start, dynamic_ncols=True, disable=not is_first()
-        )
+        steps_left, silent = range(start, steps), not is_first()
+        self.bar = tqdm(steps_left, title, steps, initial=start, dynamic_ncols=True, disable=silent)
         yield from self.bar
         self.bar = None
 
     def log(self, metrics: dict) -> None:
         """One line to metrics.jsonl, to the tracker and, but for SFT, to the screen. What is undefined (the accuracy
         with a tool where none was used) is null."""
-        if not is_first():
-            return
         metrics = {k: None if v != v else v for k, v in metrics.items()}
         append_lines(self.folder / "metrics.jsonl", [metrics])
         stage, step = metrics["stage"], metrics["step"]
@@ -1630,7 +1605,7 @@ class Run:
         folder = self.folder / f"{stage}.step-{step:06d}"
         draft = folder.with_name(folder.name + ".draft")
         policy.save(draft)
-        moments = get_optimizer_state_dict(policy.model, optimizer, options=WHOLE)
+        moments = state_dict.get_optimizer_state_dict(policy.model, optimizer, options=WHOLE)
         if is_first():
             shown = self.folder / "rollouts.txt"
             state = {"step": step, "optimizer": moments, "shown": shown.stat().st_size if shown.exists() else 0}
@@ -1656,8 +1631,8 @@ class Run:
                     parameter.copy_(value)
             # Mapped, not read: each process takes its shards alone.
             state = torch.load(kept[-1] / "trainer.pt", map_location="cpu", mmap=True)
-            whole = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=whole)
+            whole = state_dict.StateDictOptions(full_state_dict=True)
+            state_dict.set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=whole)
             step = state["step"]
             print(f"going on with {stage} after step {step}, from {kept[-1]}")
         if is_first():
@@ -1679,8 +1654,6 @@ class Run:
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
         """Append one decoded group to rollouts.txt: one with a recovered prefix if there is one, as the trainer
         sees it."""
-        if not is_first():
-            return
         recovered = [r.group for r in batch.resamples if r.recovered]
         group = (recovered or [r.group for r in batch.resamples] or [0])[0]
         problem = batch.groups[group][0].problem
@@ -1703,8 +1676,6 @@ class Run:
 
     def draw_curves(self) -> None:
         """curves.png from metrics.jsonl."""
-        if not is_first():
-            return
         import matplotlib
 
         matplotlib.use("Agg")
@@ -2151,9 +2122,8 @@ def main(cfg: Config) -> None:
             else:
                 trajectories = data.trajectories(cfg.data, cfg.sft_trajectories, cfg.seed, cfg)
                 rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
-                print(
-                    f"{len(rollouts)} trajectories, {mean(r.turns > 1 for r in rollouts):.0%} of them with a tool call"
-                )
+                share = mean(r.turns > 1 for r in rollouts)
+                print(f"{len(rollouts)} trajectories, {share:.0%} of them with a tool call")
             train_sft(policy, rollouts, cfg, run)
             run.finish("sft", policy)
             loaded = "sft"
