@@ -15,6 +15,7 @@ often fail, so that a call never earns credit. AXPO is GRPO plus one move for ex
 
     torchrun axpo.py                      # SFT, RL and evaluation of a tiny model in a toy world, on a CPU
     torchrun axpo.py --algo grpo          # the baseline
+    torchrun --nproc_per_node=8 axpo.py   # on eight GPUs (or CPU processes)
     torchrun axpo.py --stage eval --model runs/toy-axpo/rl --data toy     # one stage, from any Qwen3-VL checkpoint
     torchrun axpo.py --stage eval --model Qwen/Qwen3-VL-8B-Thinking       # the paper's nine benchmarks
 
@@ -32,7 +33,6 @@ Where the paper leaves something open, a comment begins with "Paper leaves this 
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import operator
@@ -47,11 +47,13 @@ import unicodedata
 import urllib.request
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from string import ascii_uppercase
@@ -60,8 +62,13 @@ from typing import Literal
 import mpmath
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.attention.bias import causal_lower_right
 
 import data
@@ -105,7 +112,7 @@ class Config(ToolConfig):
     resample_ratio: float = option(0.25, "r: at most r * B * N continuations per step")
     eps_low: float = option(0.2, "lower clip range of the ratio")
     eps_high: float = option(0.4, "upper clip range of the ratio")
-    beta: float = option(1e-3, "weight of the KL to the reference")
+    beta: float = option(1e-3, "weight of the KL to the reference (0: none is loaded)")
     temperature: float = option(1.0, "temperature of training rollouts")
     max_turns: int = option(3, "assistant messages per training rollout")
     max_response_tokens: int = option(16384, "tokens after the question, observations included")
@@ -114,6 +121,7 @@ class Config(ToolConfig):
     questions_per_step: int = option(64, "B")
     epochs_per_batch: int = option(1, "updates per batch; the clip matters from the second on")
     micro_batch_tokens: int = option(16384, "padded tokens per forward and backward pass")
+    gradient_checkpointing: bool = option(True, "keep each layer's input alone for the backward pass: memory for time")
     lr: float = option(1e-6, "learning rate of RL, after the warm-up and before it falls to 0 at the last step")
     sft_lr: float = option(1e-5, "likewise for SFT")
     sft_steps: int = option(1000, "SFT steps")
@@ -138,7 +146,7 @@ class Config(ToolConfig):
     judge_model: str = option("", "model of that endpoint; the key is OPENAI_API_KEY of the environment")
     regrade: str = option("", "dump of an evaluation (rollouts.*.jsonl) to grade again; nothing else is done")
     # machine and logs
-    max_rows: int = option(64, "rollouts decoded side by side")
+    max_rows: int = option(64, "rollouts decoded side by side, per process")
     tool_threads: int = option(8, "tool calls that run side by side")
     save_every: int = option(20, "steps between checkpoints")
     show_every: int = option(20, "steps between decoded groups in rollouts.txt (0: none)")
@@ -351,18 +359,19 @@ def uncertainty(rollout: Rollout, rank: str) -> float:
 # ======================================================================================================================
 def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: int) -> Batch:
     """Roll out, grade, find the all-wrong tool subgroups, resample from them, credit. Without a trigger it is GRPO."""
+    mine = deal(range(len(problems)))  # of several processes, each has the groups of some questions; the budget is one
     sampling = Sampling(cfg.temperature, max_turns=cfg.max_turns, max_response_tokens=cfg.max_response_tokens)
-    groups = rollout_groups(policy, problems, cfg.rollouts_per_question, sampling, cfg, (cfg.seed, step))
+    groups = rollout_groups(policy, deal(problems), cfg.rollouts_per_question, sampling, cfg, (cfg.seed, step))
     rewards = [torch.tensor([rollout.reward for rollout in group]) for group in groups]
 
     wrong = [all_wrong_tool_rollouts([r.reward for r in group], [r.used_tool for r in group]) for group in groups]
     # A call that the length limit cut off at its opening tag leaves no room for another.
     wrong = [[i for i in sources if g[i].calls[0].start < g[i].calls[0].end] for g, sources in zip(groups, wrong)]
-    triggered = [q for q, sources in enumerate(wrong) if sources] if cfg.algo == "axpo" else []
-    uncertainties = [[uncertainty(groups[q][i], cfg.rank) for i in wrong[q]] for q in triggered]
+    uncertainties = [[uncertainty(g[i], cfg.rank) for i in sources] for g, sources in zip(groups, wrong)]
     # 1e-9: 0.29 * 100 in floats is a little less than 29
     budget = int(cfg.resample_ratio * len(problems) * cfg.rollouts_per_question / cfg.resamples_per_prefix + 1e-9)
-    chosen = [(triggered[t], wrong[triggered[t]][c]) for t, c in select_prefixes(uncertainties, budget)]
+    selected = select_prefixes(collect(uncertainties), budget) if cfg.algo == "axpo" else []
+    chosen = [(mine.index(q), wrong[mine.index(q)][c]) for q, c in selected if q in mine]
     resamples = resample(policy, groups, chosen, sampling, cfg)
 
     streams = []
@@ -382,7 +391,8 @@ def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: i
 
 @dataclass(frozen=True)
 class Batch:
-    """What `axpo_batch` returns: the B groups of N rollouts, the resampled prefixes, and the streams to train on."""
+    """What `axpo_batch` returns: groups of N rollouts, the resampled prefixes, and the streams to train on; all B
+    groups, or this process's share."""
 
     groups: list[list[Rollout]]
     resamples: list[Resample]
@@ -421,7 +431,7 @@ def run_and_grade(policy, rollouts, sampling, cfg, phase) -> None:
 
 
 # ======================================================================================================================
-# 5. Grading: the gate and the rules' entrance; section 11 has the rules
+# 5. Grading: the gate and the rules' entrance; section 12 has the rules
 # ======================================================================================================================
 def grade(problem: Problem, response: str, tolerance: float = 0.0) -> float:
     """Reward of a response, 1.0 or 0.0; never raises. `response`: the last assistant turn, from after the `<think>`
@@ -465,8 +475,9 @@ TAGS = ("<tool_call>", "</tool_call>", "</think>", "<|im_end|>")
 class Policy:
     """A Qwen3-VL model with its tokenizer and image processor."""
 
-    def __init__(self, model, tokenizer, image_processor):
+    def __init__(self, model, tokenizer, image_processor, video_config: str | None = None):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.video_config = video_config  # a file that is of no use here, but to who loads the checkpoint elsewhere
         vocabulary = tokenizer.get_vocab()
         if missing := [t for t in (*FORBIDDEN, *TAGS) if t not in vocabulary]:
             raise ValueError(f"this model's tokenizer lacks {missing[0]}: it is not one of Qwen3-VL's message format")
@@ -602,8 +613,16 @@ class Policy:
         return self.model.lm_head(hidden.to(self.model.lm_head.weight.dtype)).float() + self.bias
 
     def save(self, folder: Path) -> None:
-        for part in (self.model, self.tokenizer, self.image_processor):
-            part.save_pretrained(folder)
+        """Collective: every process calls it, the first one writes."""
+        weights = state_dict.get_model_state_dict(self.model, options=WHOLE)
+        if is_first():
+            for name in self.model.all_tied_weights_keys:  # gathered, they no longer share their memory
+                weights.pop(name, None)
+            self.model.save_pretrained(folder, state_dict=weights)
+            for part in (self.tokenizer, self.image_processor):
+                part.save_pretrained(folder)
+            if self.video_config:
+                shutil.copyfile(self.video_config, folder / "video_preprocessor_config.json")
 
 
 # ======================================================================================================================
@@ -1061,21 +1080,134 @@ def free_memory(device: torch.device) -> int:
 
 
 # ======================================================================================================================
-# 8. Log-probs and the update
+# 8. Many processes
+# ======================================================================================================================
+# Every process has all code and its share of the questions. Weights, gradients and the optimizer's state lie in shards
+# (FSDP2), one per process. For the time of a phase (rollouts, reference log-probs, update) each process gathers the
+# weights whole; what it computes meanwhile needs no other process, so that each may run as many passes as it has work
+# for, or none. "Collective" is what every process must call. On a CPU alone nothing is sharded.
+def is_first() -> bool:
+    """Is this the process that writes and prints?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def everyones(thing) -> list:
+    """What each process has, in their order. Collective; the things are pickled, so they should be small."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def deal(items: Sequence) -> Sequence:
+    """This process's share: every n-th, like cards."""
+    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
+
+
+def collect(items: list) -> list:
+    """What was dealt, from all processes, in the order it had. Collective."""
+    hands = everyones(items)
+    return [hands[i % len(hands)][i // len(hands)] for i in range(sum(map(len, hands)))]
+
+
+def shard(model):
+    """Split the model's weights over all processes, in place: kept in float32, gathered in bfloat16 on CUDA (there for
+    one process too) and in float32 elsewhere. Not collective."""
+    cuda = torch.cuda.is_available()
+    if cuda and not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    if dist.is_initialized():
+        mesh = init_device_mesh("cuda" if cuda else "cpu", (dist.get_world_size(),))
+        mixed = MixedPrecisionPolicy(torch.bfloat16 if cuda else None)
+        # Piece by piece onto the device and together again, for the sake of memory; the last piece is what is left.
+        for part in (*model.model.language_model.layers, *model.model.visual.blocks, model):
+            fully_shard(part, mesh=mesh, mp_policy=mixed)
+            for hooks in (part._forward_pre_hooks, part._forward_hooks):  # would gather layer by layer, in step with
+                hooks.clear()  # all others, and reduce after each backward pass
+    return model
+
+
+@contextmanager
+def gathered(policy: Policy):
+    """Within, the whole model is on this device, in the dtype it computes in. Collective."""
+    parts = [part for part in policy.model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+
+
+def add_gradients(policy: Policy, optimizer) -> None:
+    """Sum the gathered model's gradients over the processes and add them, in float32, to the shards'. Collective."""
+    wholes = list(policy.model.parameters())
+    trained = [any(has) for has in zip(*everyones([whole.grad is not None for whole in wholes]))]
+    for shard, whole, has in zip(optimizer.param_groups[0]["params"], wholes, trained, strict=True):
+        if isinstance(shard, DTensor) and has:
+            grad = torch.zeros_like(whole) if whole.grad is None else whole.grad
+            grad = DTensor.from_local(grad.to(shard.dtype), shard.device_mesh, [Partial()])
+            grad = grad.redistribute(placements=shard.placements)
+            shard.grad = grad if shard.grad is None else shard.grad.add_(grad)
+            whole.grad = None
+
+
+def optimise(policy: Policy, optimizer, batches: Sequence[list[Stream]], loss: Callable, cfg: Config) -> tuple:
+    """One step along the sum of loss(i, batches[i]) over the micro-batches of all processes. Returns this sum and the
+    gradient's norm before clipping. Collective, with any number of batches, or none."""
+    total = 0.0
+    optimizer.zero_grad(set_to_none=True)
+    with gathered(policy):
+        for i in range(max(everyones(len(batches)))):
+            if i < len(batches):
+                part = loss(i, batches[i])
+                part.backward()
+                total += part.item()
+            add_gradients(policy, optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True)
+    optimizer.step()
+    return sum(everyones(total)), (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def checkpoint_layers(model) -> None:
+    """Keep each layer's input alone for the backward pass, which computes the rest again. transformers can do this too,
+    but gives a checkpointed layer no cache, and so no shared prefix."""
+
+    def checkpointed(forward):
+        def run(*inputs, **named):  # as transformers calls a layer
+            again = partial(forward, **named)
+            if not torch.is_grad_enabled():
+                return again(*inputs)
+            return torch.utils.checkpoint.checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+        return run
+
+    for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
+        layer.forward = checkpointed(layer.forward)
+
+
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process; the others get {}
+
+
+# ======================================================================================================================
+# 9. Log-probs and the update
 # ======================================================================================================================
 class SharedPrefix:
     """The cache of a prefix that all rows begin with: computed once, with gradients, and put before every row's own
-    keys. Stands in for a transformers cache during the two forward passes of `stream_logps`."""
+    keys. Stands in for a transformers cache: the first pass of `stream_logps` fills one, the second reads it through
+    another. Two objects, and nothing in them changes, because a checkpointed layer runs again in the backward pass."""
 
-    def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.complete = False
+    def __init__(self, before: SharedPrefix | None = None):
+        self.before = before
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
-        if not self.complete:
-            self.layers.append((keys, values))
+        if self.before is None:
+            self.layers.setdefault(layer, (keys, values))  # the first ones carry the graph
             return keys, values
-        before = (x.expand(len(keys), -1, -1, -1) for x in self.layers[layer])
+        before = (x.expand(len(keys), -1, -1, -1) for x in self.before.layers[layer])
         return tuple(torch.cat(pair, 2) for pair in zip(before, (keys, values)))
 
 
@@ -1111,14 +1243,15 @@ def stream_logps(policy: Policy, streams: Sequence[Stream], temperature: float) 
         mask[i, s.start - shared : lengths[i]] = torch.tensor(s.rollout.mask[s.start : s.end]).bool()
         positions[:, i, : lengths[i]] = policy.positions(s.end, s.rollout.pictures)[0][:, shared:]
         pictures += [p for p in s.rollout.pictures if shared <= p.start < s.end]
-    cache = SharedPrefix()
+    cache = None
     if shared:
         first = streams[0].rollout
         before = [p for p in first.pictures if p.start < shared]
         head = torch.tensor(first.ids[:shared])[None]
-        policy.forward(head, policy.positions(shared, before)[0][:, None], CAUSAL, cache, before)
-        cache.complete = True
-    hidden = policy.forward(ids, positions, CAUSAL, cache if shared else None, pictures)
+        prefix = SharedPrefix()
+        policy.forward(head, policy.positions(shared, before)[0][:, None], CAUSAL, prefix, before)
+        cache = SharedPrefix(prefix)
+    hidden = policy.forward(ids, positions, CAUSAL, cache, pictures)
     ids, mask = ids.to(device), mask.to(device)
     logps = torch.zeros(mask.shape, device=device)
     logps[:, 1:][mask[:, 1:]] = token_logps(policy, hidden[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]], temperature)
@@ -1159,35 +1292,41 @@ def micro_batches(streams: Sequence[Stream], tokens: int) -> list[list[Stream]]:
     return min((pack(by_question), pack(by_length)), key=lambda batches: sum(map(cost, batches)))
 
 
-def update(policy: Policy, reference: Policy, optimizer, streams: list[Stream], total: int, cfg: Config) -> dict:
-    """Raise the objective on one batch. `total` = B * N is the one denominator of all streams, so that
-    neither micro-batches nor their order change the result. pi_old is what the trainer itself computes before its first
-    step. Returns means over tokens."""
-    batches = micro_batches(streams, cfg.micro_batch_tokens)
-    with torch.no_grad():
-        reference_logps = [stream_logps(reference, batch, cfg.temperature)[0] for batch in batches]
+def update(policy: Policy, reference, optimizer, streams: list[Stream], total: int, cfg: Config) -> dict[str, float]:
+    """Raise the objective on one batch, of which this process has these streams. `total` = B * N is the one denominator
+    of all streams, so that neither micro-batches nor their order nor processes change the result. pi_old is what the
+    trainer itself computes before its first step. Without a KL (beta 0) there is no reference, and a stream without
+    advantage has no gradient and is skipped. Returns means over all tokens. Collective."""
+    kept = [s for s in streams if cfg.beta or s.advantage]
+    batches = micro_batches(kept, cfg.micro_batch_tokens)
+    reference_logps: list[Tensor] = []
+    if cfg.beta:
+        with torch.no_grad(), gathered(reference):
+            reference_logps = [stream_logps(reference, batch, cfg.temperature)[0] for batch in batches]
     old_logps: list[Tensor] = []
-    sums: dict[str, float] = {}
-    for epoch in range(cfg.epochs_per_batch):
-        optimizer.zero_grad(set_to_none=True)
-        for i, batch in enumerate(batches):
-            logps, mask = stream_logps(policy, batch, cfg.temperature)
-            if epoch == 0:
-                old_logps.append(logps.detach())
-            advantages = torch.tensor([s.advantage for s in batch], device=logps.device)
-            loss, metrics = policy_loss(
-                logps, old_logps[i], reference_logps[i], advantages, mask, cfg.eps_low, cfg.eps_high, cfg.beta
-            )
-            (loss.sum() / total).backward()  # Paper leaves this open: the mean per stream, their sum over B * N
-            metrics |= {"sampler_gap": sampler_gap(batch, old_logps[i], mask), "tokens": 1.0}
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value * mask.sum().item()
-            sums["loss"] = sums.get("loss", 0.0) + loss.sum().item() / total
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True)
-        optimizer.step()
-    tokens = max(sums.pop("tokens"), 1.0)
-    loss = sums.pop("loss") / cfg.epochs_per_batch
-    return {name: value / tokens for name, value in sums.items()} | {"loss": loss, "grad_norm": norm.item()}
+    sums = dict.fromkeys(("ratio", "clip_fraction", "kl", "sampler_gap", "tokens", "loss"), 0.0)
+
+    def part(i: int, batch: list[Stream]) -> Tensor:
+        logps, mask = stream_logps(policy, batch, cfg.temperature)
+        if i == len(old_logps):
+            old_logps.append(logps.detach())
+        before = reference_logps[i] if cfg.beta else logps.detach()
+        advantages = torch.tensor([s.advantage for s in batch], device=logps.device)
+        loss, metrics = policy_loss(logps, old_logps[i], before, advantages, mask, cfg.eps_low, cfg.eps_high, cfg.beta)
+        metrics |= {"sampler_gap": sampler_gap(batch, old_logps[i], mask), "tokens": 1.0}
+        for name, value in metrics.items():
+            sums[name] += value * mask.sum().item()
+        sums["loss"] += loss.sum().item() / total
+        return loss.sum() / total  # Paper leaves this open: the mean per stream, their sum over B * N
+
+    for _ in range(cfg.epochs_per_batch):
+        _, norm = optimise(policy, optimizer, batches, part, cfg)
+    sums |= {"skipped": len(streams) - len(kept), "streams": len(streams)}
+    sums = {name: sum(values) for name, *values in zip(sums, *(s.values() for s in everyones(sums)))}
+    loss, tokens = sums.pop("loss") / cfg.epochs_per_batch, max(sums.pop("tokens"), 1.0)
+    skipped = sums.pop("skipped") / max(sums.pop("streams"), 1)
+    means = {name: value / tokens for name, value in sums.items()} | ({} if cfg.beta else {"kl": math.nan})
+    return means | {"loss": loss, "grad_norm": norm, "skipped": skipped}
 
 
 def sampler_gap(streams: Sequence[Stream], logps: Tensor, mask: Tensor) -> float:
@@ -1211,23 +1350,30 @@ def draw(count: int, size: int, step: int, seed: int) -> list[int]:
 
 
 # ======================================================================================================================
-# 9. The stages: distillation, SFT, RL, evaluation
+# 10. The stages: distillation, SFT, RL, evaluation
 # ======================================================================================================================
-def rollouts_to_file(policy, problems, count, sampling, cfg, seed, path: Path, rows) -> None:
-    """Roll out every problem `count` times and append rows(rollout) to `path` (JSONL), then its line {id, solved, n} to
-    stats.NAME beside it. After a kill it goes on with the problems that have no such line, and drops their rows."""
+def rollouts_to_file(policy, problems, count, sampling, cfg, seed, path: Path, rows, reward) -> None:
+    """Roll out every problem `count` times and append rows(rollout) to `path` (JSONL), each with reward(row), then the
+    problem's line {id, solved, n} to stats.NAME beside it. After a kill it goes on with the problems that have no such
+    line, and drops their rows. Collective: the first process writes, and grades, so that one asks the judge."""
     stats = path.with_name(f"stats.{path.name}")
-    keep_lines(stats, lambda row: True)
-    done = {row["id"] for row in read_lines(stats)}
-    keep_lines(path, lambda row: row["id"] in done)
-    size = max(1, 2 * cfg.max_rows // count)  # problems at a time, so that not all images are held at once
-    for i in range(0, len(problems), size):
-        todo = [problem for problem in problems[i : i + size] if problem.id not in done]
-        for group in rollout_groups(policy, todo, count, sampling, cfg, seed):
-            lines = [row for rollout in group for row in rows(rollout)]
-            append_lines(path, lines)
-            solved = sum(row["reward"] == 1 for row in lines)
-            append_lines(stats, [{"id": group[0].problem.id, "solved": solved, "n": count}])
+    done = set()
+    if is_first():
+        keep_lines(stats, lambda row: True)
+        done = {row["id"] for row in read_lines(stats)}
+        keep_lines(path, lambda row: row["id"] in done)
+    done, *others = everyones(done)
+    size = max(1, 2 * cfg.max_rows // count) * (1 + len(others))  # at a time, so that not all images are held at once
+    with gathered(policy):
+        for i in range(0, len(problems), size):
+            todo = deal([problem for problem in problems[i : i + size] if problem.id not in done])
+            groups = rollout_groups(policy, todo, count, sampling, cfg, seed)
+            found = collect([(g[0].problem.id, [row for rollout in g for row in rows(rollout)]) for g in groups])
+            for name, lines in found if is_first() else ():
+                lines = [row | {"reward": reward(row)} for row in lines]
+                append_lines(path, lines)
+                solved = sum(row["reward"] == 1 for row in lines)
+                append_lines(stats, [{"id": name, "solved": solved, "n": count}])
 
 
 def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path) -> None:
@@ -1239,7 +1385,8 @@ def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path)
         row = {"id": r.problem.id, "reward": r.reward, "used_tool": r.used_tool, "ids": r.ids, "mask": r.mask}
         return [row | {"messages": to_messages(policy, r, path.parent)}] if r.reward == 1 else []
 
-    rollouts_to_file(policy, problems, cfg.distil_rollouts, sampling, cfg, (cfg.seed, 1 << 31), path, rows)
+    seed = cfg.seed, 1 << 31
+    rollouts_to_file(policy, problems, cfg.distil_rollouts, sampling, cfg, seed, path, rows, lambda row: 1.0)
 
 
 def balance(path: Path, seed: int) -> Path:
@@ -1348,26 +1495,22 @@ def train_sft(policy: Policy, rollouts: Sequence[Rollout], cfg: Config, run: Run
     for step in run.progress("SFT", start, cfg.sft_steps):
         began = time.time()
         set_lr(optimizer, cfg.sft_lr, step, cfg.warmup_steps, cfg.sft_steps)
-        drawn = [rollouts[i] for i in draw(len(rollouts), cfg.sft_batch, step, cfg.seed)]
+        drawn = [rollouts[i] for i in deal(draw(len(rollouts), cfg.sft_batch, step, cfg.seed))]
         streams = [Stream(r, r.prompt_len, len(r.ids), 1.0) for r in drawn]
-        total = sum(sum(s.rollout.mask) for s in streams)
-        loss = 0.0
-        optimizer.zero_grad(set_to_none=True)
-        for batch in micro_batches(streams, cfg.micro_batch_tokens):
+        total = sum(everyones(sum(sum(r.mask) for r in drawn)))
+
+        def part(_, batch: list[Stream], total=total) -> Tensor:
             logps, mask = stream_logps(policy, batch, 1.0)
-            part = -logps[mask].sum() / total
-            part.backward()
-            loss += part.item()
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm).item()
-        optimizer.step()
+            return -logps[mask].sum() / total
+
+        loss, norm = optimise(policy, optimizer, micro_batches(streams, cfg.micro_batch_tokens), part, cfg)
         run.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "seconds": time.time() - began})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.sft_steps:
             run.checkpoint("sft", step + 1, policy, optimizer)
 
 
-def train_rl(policy: Policy, problems: Sequence[Problem], held_out: Sequence[Problem], cfg: Config, run: Run) -> None:
-    """GRPO or AXPO from the given policy, which also stays as the frozen reference of the KL."""
-    reference = Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer, policy.image_processor)
+def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, cfg: Config, run: Run) -> None:
+    """GRPO or AXPO from the given policy; the reference of the KL is the same, frozen."""
     optimizer = make_optimizer(policy, cfg.lr, cfg)
     start = run.restore("rl", policy, optimizer)
     for step in run.progress(cfg.algo.upper(), start, cfg.steps):
@@ -1378,13 +1521,14 @@ def train_rl(policy: Policy, problems: Sequence[Problem], held_out: Sequence[Pro
         began = time.time()
         policy.seconds = {"rollout": 0.0, "resample": 0.0}
         drawn = [problems[i] for i in draw(len(problems), cfg.questions_per_step, step, cfg.seed)]
-        batch = axpo_batch(drawn, policy, cfg, step)
+        with gathered(policy):
+            batch = axpo_batch(drawn, policy, cfg, step)
         metrics = {"stage": "rl", "step": step + 1} | batch_metrics(batch)
         rolled_out = time.time()
         set_lr(optimizer, cfg.lr, step, cfg.warmup_steps, cfg.steps)
-        total = len(batch.groups) * cfg.rollouts_per_question
+        total = len(drawn) * cfg.rollouts_per_question
         metrics |= update(policy, reference, optimizer, batch.streams, total, cfg)
-        sampled = sum(sum(r.mask[r.parent_len :]) for r in all_rollouts(batch))
+        sampled = sum(everyones(sum(sum(r.mask[r.parent_len :]) for r in all_rollouts(batch))))
         metrics |= {f"{phase}_seconds": seconds for phase, seconds in policy.seconds.items()}
         metrics |= {"update_seconds": time.time() - rolled_out, "tokens_per_second": sampled / (rolled_out - began)}
         if cfg.show_every and step % cfg.show_every == 0:
@@ -1411,28 +1555,30 @@ def mean(values) -> float:
 
 def batch_metrics(batch: Batch) -> dict[str, float]:
     """The symptoms of the Thinking-Acting gap, which every step must log (glossary in the README). Shares are of 1;
-    lengths in tokens."""
+    lengths in tokens. Over all processes; collective."""
     rollouts = [r for group in batch.groups for r in group]
     users = [[r.reward for r in group if r.used_tool] for group in batch.groups]
     others = [[r.reward for r in group if not r.used_tool] for group in batch.groups]
     wrong = {q for q, rewards in enumerate(users) if rewards and not any(rewards)}
     recovered = {r.group for r in batch.resamples if r.recovered}
-    return {
-        "reward": mean(r.reward for r in rollouts),
-        "tool_use": mean(r.used_tool for r in rollouts),
-        "reward_tool": mean(x for rewards in users for x in rewards),
-        "reward_no_tool": mean(x for rewards in others for x in rewards),
-        "all_wrong": mean(not any(x) for x in users if x),
-        "all_wrong_no_tool": mean(not any(x) for x in others if x),
-        "all_wrong_after": mean(not any(x) and q not in recovered for q, x in enumerate(users) if x),
-        "recovery": len(recovered) / len(wrong) if wrong else math.nan,
-        "prefix_recovery": mean(r.recovered for r in batch.resamples),
-        "prefixes": len(batch.resamples),
-        "same_reward": mean(len({r.reward for r in group}) == 1 for group in batch.groups),
-        "response_length": mean(len(r.ids) - r.prompt_len for r in rollouts),
-        "truncated": mean(r.stop in ("length", "turns") for r in rollouts),
-        "calls_ok": mean(c.ok for r in rollouts for c in r.calls[: r.turns - 1]),
+    values = {
+        "reward": [r.reward for r in rollouts],
+        "tool_use": [r.used_tool for r in rollouts],
+        "reward_tool": [x for rewards in users for x in rewards],
+        "reward_no_tool": [x for rewards in others for x in rewards],
+        "all_wrong": [not any(x) for x in users if x],
+        "all_wrong_no_tool": [not any(x) for x in others if x],
+        "all_wrong_after": [not any(x) and q not in recovered for q, x in enumerate(users) if x],
+        "recovery": [q in recovered for q in wrong],
+        "prefix_recovery": [r.recovered for r in batch.resamples],
+        "same_reward": [len({r.reward for r in group}) == 1 for group in batch.groups],
+        "response_length": [len(r.ids) - r.prompt_len for r in rollouts],
+        "truncated": [r.stop in ("length", "turns") for r in rollouts],
+        "calls_ok": [c.ok for r in rollouts for c in r.calls[: r.turns - 1]],
     }
+    shares = everyones(values)
+    values = {name: [x for share in shares for x in share[name]] for name in values}
+    return {name: mean(x) for name, x in values.items()} | {"prefixes": len(values["prefix_recovery"])}
 
 
 # What a row of an evaluation's dump says of its problem, so that it can be graded again.
@@ -1445,26 +1591,20 @@ PAPER = {  # Pass@1 and Pass@4, the mean of the nine sets
 
 
 def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path) -> dict[str, dict]:
-    """Dump every rollout to `path`, from where a killed evaluation goes on, and return `evaluation_parts`."""
-    sampling = Sampling(
-        cfg.eval_temperature,
-        cfg.eval_top_p,
-        cfg.eval_top_k,
-        cfg.eval_presence_penalty,
-        cfg.eval_max_turns,
-        cfg.eval_max_response_tokens,
-    )
-    judge = make_judge(cfg, path)
+    """Dump every rollout to `path`, from where a killed evaluation goes on. Returns `evaluation_parts`. Collective."""
+    limits = cfg.eval_max_turns, cfg.eval_max_response_tokens
+    sampling = Sampling(cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k, cfg.eval_presence_penalty, *limits)
+    reward = partial(evaluation_reward, judge=make_judge(cfg, path) if is_first() else None)
 
     def rows(r: Rollout) -> list[dict]:
         row = {name: getattr(r.problem, name) for name in PROBLEM_FIELDS}
         row |= {"stop": r.stop, "calls": [asdict(call) for call in r.calls], "response": r.response}
-        row |= {"reward": evaluation_reward(row, judge), "prompt_len": r.prompt_len, "ids": r.ids, "mask": r.mask}
+        row |= {"reward": r.reward, "prompt_len": r.prompt_len, "ids": r.ids, "mask": r.mask}
         text = policy.tokenizer.decode([i for i in r.ids[r.prompt_len :] if i != policy.image_id])
         return [row | {"response_length": len(r.ids) - r.prompt_len, "text": text}]
 
-    rollouts_to_file(policy, problems, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30), path, rows)
-    return evaluation_parts(read_lines(path))
+    rollouts_to_file(policy, problems, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30), path, rows, reward)
+    return everyones(evaluation_parts(read_lines(path)) if is_first() else {})[0]
 
 
 def make_judge(cfg: Config, path: Path) -> Judge | None:
@@ -1584,19 +1724,23 @@ def save_results(results: dict[str, dict[str, dict]], path: Path, cfg: Config, b
 
 
 # ======================================================================================================================
-# 10. The run's folder: logs, checkpoints, pictures
+# 11. The run's folder: logs, checkpoints, pictures
 # ======================================================================================================================
 class Run:
     """runs/NAME: config.json, metrics.jsonl, curves.png, rollouts.txt, results.md and .json, the rollouts of each
     evaluation, distilled trajectories, the checkpoints sft/ and rl/ (Hugging Face format) and, while a stage runs,
-    STAGE.step-N/ with the optimizer beside the model. The same command started again goes on from there."""
+    STAGE.step-N/ with the optimizer beside the model. The same command started again, on any number of processes, goes
+    on from there. The first process writes; progress, checkpoint, restore and finish are collective."""
 
     # What may differ when a run goes on: it changes nothing, or nothing but rounding.
     FREE = {"stage", "output_dir", "name", "save_every", "show_every", "log_with", "threads", "max_rows",
-            "tool_threads", "micro_batch_tokens", "tool_cache"}  # fmt: skip
+            "tool_threads", "micro_batch_tokens", "tool_cache", "gradient_checkpointing"}  # fmt: skip
 
     def __init__(self, folder: Path, cfg: Config, accelerator):
         self.cfg, self.accelerator, self.folder, self.bar = cfg, accelerator, folder, None
+        if not is_first():
+            self.log = self.show = self.draw_curves = lambda *_: None
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.json"
         if path.exists():
@@ -1616,7 +1760,8 @@ class Run:
     def progress(self, title: str, start: int, steps: int):
         from tqdm import tqdm
 
-        self.bar = tqdm(range(start, steps), title, total=steps, initial=start, dynamic_ncols=True)
+        steps_left, silent = range(start, steps), not is_first()
+        self.bar = tqdm(steps_left, title, steps, initial=start, dynamic_ncols=True, disable=silent)
         yield from self.bar
         self.bar = None
 
@@ -1649,16 +1794,14 @@ class Run:
         folder = self.folder / f"{stage}.step-{step:06d}"
         draft = folder.with_name(folder.name + ".draft")
         policy.save(draft)
-        shown = self.folder / "rollouts.txt"
-        state = {
-            "step": step,
-            "optimizer": optimizer.state_dict(),
-            "shown": shown.stat().st_size if shown.exists() else 0,
-        }
-        torch.save(state, draft / "trainer.pt")
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-        self.drop_steps(stage, folder)
+        moments = state_dict.get_optimizer_state_dict(policy.model, optimizer, options=WHOLE)
+        if is_first():
+            shown = self.folder / "rollouts.txt"
+            state = {"step": step, "optimizer": moments, "shown": shown.stat().st_size if shown.exists() else 0}
+            torch.save(state, draft / "trainer.pt")
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
+            self.drop_steps(stage, folder)
 
     def drop_steps(self, stage: str, kept: Path | None = None) -> None:
         for old in self.folder.glob(f"{stage}.step-*"):
@@ -1668,27 +1811,34 @@ class Run:
     def restore(self, stage: str, policy: Policy, optimizer) -> int:
         """Load the stage's last checkpoint, if any, and forget what was logged after it. Returns the step to go on
         with."""
-        kept = sorted(p for p in self.folder.glob(f"{stage}.step-*") if not p.name.endswith(".draft"))
+        kept = everyones(sorted(p for p in self.folder.glob(f"{stage}.step-*") if p.suffix != ".draft"))[0]
         step = 0
         if kept:
-            state = torch.load(kept[-1] / "trainer.pt", map_location=policy.bias.device)
-            policy.model.load_state_dict(load_policy(str(kept[-1]), "cpu").model.state_dict())
-            optimizer.load_state_dict(state["optimizer"])
+            saved = load_policy(str(kept[-1]), self.cfg)
+            with torch.no_grad():
+                for parameter, value in zip(policy.model.parameters(), saved.model.parameters(), strict=True):
+                    parameter.copy_(value)
+            # Mapped, not read: each process takes its shards alone.
+            state = torch.load(kept[-1] / "trainer.pt", map_location="cpu", mmap=True)
+            whole = state_dict.StateDictOptions(full_state_dict=True)
+            state_dict.set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=whole)
             step = state["step"]
-            if (self.folder / "rollouts.txt").exists():
-                os.truncate(self.folder / "rollouts.txt", state["shown"])
             print(f"going on with {stage} after step {step}, from {kept[-1]}")
-        path = self.folder / "metrics.jsonl"
-        last = {stage: step} | ({"eval": step - 1} if stage == "rl" else {})
-        keep_lines(path, lambda row: row["step"] <= last.get(row["stage"], row["step"]))
+        if is_first():
+            if kept and (self.folder / "rollouts.txt").exists():
+                os.truncate(self.folder / "rollouts.txt", state["shown"])
+            last = {stage: step} | ({"eval": step - 1} if stage == "rl" else {})
+            keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= last.get(row["stage"], row["step"]))
         return step
 
     def finish(self, stage: str, policy: Policy) -> None:
         """Keep the stage's model as runs/NAME/STAGE, without the optimizer."""
         draft = self.folder / f"{stage}.draft"
         policy.save(draft)
-        draft.rename(self.final(stage))
-        self.drop_steps(stage)
+        if is_first():
+            draft.rename(self.final(stage))
+            self.drop_steps(stage)
+        everyones(None)  # nobody looks for it before it is there
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
         """Append one decoded group to rollouts.txt: one with a recovered prefix if there is one, as the trainer
@@ -1785,7 +1935,7 @@ def write(path: Path, text: str) -> None:
 
 
 # ======================================================================================================================
-# 11. Grading in detail: one spelling, numbers, formulas, choices, texts, and the judge
+# 12. Grading in detail: one spelling, numbers, formulas, choices, texts, and the judge
 # ======================================================================================================================
 # What cannot be read is wrong. Nothing is executed, and every step is short work on a text of at most 300 characters:
 # no signal, thread or time-out. Graded by spelling alone: equations, inequalities, ratios and clocks (2:3 is not 4:6),
@@ -2043,7 +2193,7 @@ class Judge:
 
 
 # ======================================================================================================================
-# 12. Main
+# 13. Main
 # ======================================================================================================================
 def plan(config, gpus: int, memory: float, prompt: int, response: int, micro_batch: int, siblings: int) -> dict:
     """Memory of full fine-tuning by calculation, GB (1e9 bytes) per GPU and part; no weight is made. memory: of one
@@ -2060,8 +2210,8 @@ def plan(config, gpus: int, memory: float, prompt: int, response: int, micro_bat
     text, count = config.text_config, sum(p.numel() for p in model.parameters())
     heads, kv = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
     tokens = max(micro_batch, prompt + response)  # a micro-batch holds at least one stream
-    # What a layer keeps for its backward pass in bf16 (the norms' float32 counts double), and the mask.
-    layer = 2 * tokens * (10 * text.hidden_size + 5 * heads + 8 * kv + 4 * text.intermediate_size) + 3 * tokens**2
+    # What a layer keeps for its backward pass, in bf16; the norms' float32 counts double.
+    layer = 2 * tokens * (10 * text.hidden_size + 5 * heads + 8 * kv + 4 * text.intermediate_size)
     cached = 2 * 2 * text.num_hidden_layers * kv  # bytes of a token
     parts = {"weights": 4 * count / gpus, "adamw": 8 * count / gpus, "reference": 2 * count / gpus}
     room = 0.9e9 * memory - sum(parts.values())
@@ -2095,27 +2245,41 @@ def print_plan(cfg: Config) -> None:
     print(f"| {Path(cfg.model).name}, {cfg.plan_gpus} x {cfg.plan_memory:g} GB | {cells} |")
 
 
-def load_policy(name: str, device, seed: int = 0) -> Policy:
-    """The toy model, drawn with the seed, or a checkpoint from a folder or the Hub, in float32 (bf16 arithmetic on
-    CUDA). ValueError if it is none that can be trained here."""
-    if name == "toy":
-        model, tokenizer, image_processor = data.toy_model(seed)
-    else:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+def load_policy(name: str, cfg: Config, trained: bool = True) -> Policy:
+    """The toy model, drawn with the seed, or a checkpoint from a folder or the Hub, in shards, to be trained or frozen.
+    ValueError if it is none that can be trained here. Collective: the processes of a machine load in turns, so that it
+    holds one whole copy at a time."""
+    turn = int(os.environ.get("LOCAL_RANK", 0))
+    for now in range(1 + max(everyones(turn))):
+        if now == turn:
+            model, *processors = load_model(name, cfg.seed)
+            if cfg.gradient_checkpointing and trained:
+                checkpoint_layers(model)
+            for weight in () if trained or not torch.cuda.is_available() else model.parameters():
+                weight.data = weight.data.bfloat16()  # in which it is gathered
+            policy = Policy(shard(model.requires_grad_(trained).eval()), *processors)
+        everyones(None)
+    return policy
 
-        try:
-            if (kind := AutoConfig.from_pretrained(name).model_type) != "qwen3_vl":
-                raise ValueError(f"it is a {kind}, not a (dense) Qwen3-VL model")
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
-            )
-            if report["missing_keys"]:
-                raise ValueError(f"its weights lack {sorted(report['missing_keys'])[0]}")
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-        except Exception as error:  # a damaged file raises what its format's library likes
-            raise ValueError(f"cannot load --model {name}: {str(error).splitlines()[0]}") from error
-    return Policy(model.to(device).eval(), tokenizer, image_processor)
+
+def load_model(name: str, seed: int) -> tuple:
+    """What makes a Policy, on the CPU, in float32."""
+    if name == "toy":
+        return data.toy_model(seed)
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers.utils import cached_file
+
+    try:
+        if (kind := AutoConfig.from_pretrained(name).model_type) != "qwen3_vl":
+            raise ValueError(f"it is a {kind}, not a (dense) Qwen3-VL model")
+        model, report = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"its weights lack {sorted(report['missing_keys'])[0]}")
+        video = cached_file(name, "video_preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        return model, AutoTokenizer.from_pretrained(name), image_processor, video
+    except Exception as error:  # a damaged file raises what its format's library likes
+        raise ValueError(f"cannot load --model {name}: {str(error).splitlines()[0]}") from error
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -2123,7 +2287,7 @@ def parse(arguments: Sequence[str]) -> Config:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
-    parser.error = lambda message: sys.exit(f"axpo.py: {message} (--help explains every option)")
+    parser.error = lambda message: stop(f"{message} (--help explains every option)")
     if "-h" not in arguments and "--help" not in arguments:
         first = parser.parse_known_args(arguments)[0]
         if (first.data or first.model) in ("toy", "toy-test") and not first.regrade:
@@ -2136,7 +2300,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def main(cfg: Config) -> None:
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar, over the steps, is enough
@@ -2144,28 +2308,36 @@ def main(cfg: Config) -> None:
     started_from = "-".join(base.parts[-2:]) if base.is_dir() else base.name
     folder = Path(cfg.output_dir) / (cfg.name or f"{started_from}-{'eval' if cfg.stage == 'eval' else cfg.algo}")
     tracker = None if cfg.log_with == "none" else cfg.log_with
-    accelerator = Accelerator(log_with=tracker, project_dir=str(folder))
-    device = accelerator.device
-    if accelerator.num_processes > 1:
-        raise ValueError("axpo.py runs on one process for now: start it without --nproc_per_node")
-    if device.type == "cpu":  # torchrun leaves one thread to each process
-        torch.set_num_threads(cfg.threads or os.cpu_count())
+    # So long may one process still roll out, or the first grade, while the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    cpu = not torch.cuda.is_available()  # must be said: else the processes do not find each other
+    accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=str(folder), kwargs_handlers=[patience])
+    if cpu:  # torchrun leaves one thread to each process
+        torch.set_num_threads(cfg.threads or max(1, os.cpu_count() // accelerator.num_processes))
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the first speaks for all
     set_seed(cfg.seed)
     problems = held_out = []
-    if cfg.stage != "distil":
-        held_out = data.load(cfg.eval_data, cfg.eval_limit or None, cfg.seed)
-    if cfg.stage in ("all", "rl", "distil"):
-        problems = data.load(cfg.data, None, cfg.seed)
-        problems = leave_out_solved(problems, cfg.keep_unsolved) if cfg.keep_unsolved else problems
+    with accelerator.main_process_first():  # the others find in the caches what the first downloaded
+        if cfg.stage != "distil":
+            held_out = data.load(cfg.eval_data, cfg.eval_limit or None, cfg.seed)
+        if cfg.stage in ("all", "rl", "distil"):
+            problems = data.load(cfg.data, None, cfg.seed)
+            problems = leave_out_solved(problems, cfg.keep_unsolved) if cfg.keep_unsolved else problems
+        print(start_tools(cfg))
+
+    def exists(path: Path) -> bool:
+        """As the first process sees it, so that all go the same way. Collective."""
+        return everyones(path.exists())[0]
+
     # A later stage of a run goes on from what its earlier one left.
-    loaded = "sft" if cfg.stage in ("all", "rl") and (folder / "sft").exists() else ""
-    policy = load_policy(str(folder / loaded) if loaded else cfg.model, device, cfg.seed)
-    print(start_tools(cfg))
+    loaded = "sft" if cfg.stage in ("all", "rl") and exists(folder / "sft") else ""
+    policy = load_policy(str(folder / loaded) if loaded else cfg.model, cfg)
     run = Run(folder, cfg, accelerator)  # from here on, and not before, the folder is this run's
     print(f"run: {folder}")
     if tracker:
         accelerator.init_trackers("axpo", config=asdict(cfg))
-        if not accelerator.trackers:
+        if is_first() and not accelerator.trackers:
             raise ValueError(f"--log_with {tracker} needs the package {tracker}: pip install {tracker}")
     results = {}
 
@@ -2173,47 +2345,57 @@ def main(cfg: Config) -> None:
         """Evaluate the checkpoint that a stage left, once."""
         nonlocal policy, loaded
         path = run.final(stage) / "results.json"
-        if not path.exists():
-            if loaded != stage:
-                policy, loaded = load_policy(str(run.final(stage)), device), stage
-            write(path, json.dumps(evaluate(policy, held_out, cfg, run.final(stage) / "rollouts.jsonl")))
-        results[title] = json.loads(path.read_text())
+        if exists(path):
+            results[title] = json.loads(path.read_text())
+            return
+        if loaded != stage:
+            policy, loaded = load_policy(str(run.final(stage)), cfg), stage
+        results[title] = evaluate(policy, held_out, cfg, run.final(stage) / "rollouts.jsonl")
+        if is_first():
+            write(path, json.dumps(results[title]))
 
     if cfg.stage == "distil":
         path = folder / "trajectories.jsonl"
         distil(policy, problems, cfg, path)
-        print(f"right trajectories: {balance(path, cfg.seed) if cfg.distil_balance else path}")
-
+        if is_first():
+            print(f"right trajectories: {balance(path, cfg.seed) if cfg.distil_balance else path}")
     if cfg.stage in ("all", "sft"):
-        if not run.final("sft").exists():
+        if not exists(run.final("sft")):
             if cfg.trajectories:
                 rollouts = TrajectoryFile(Path(cfg.trajectories), policy)
             else:
                 trajectories = data.trajectories(cfg.data, cfg.sft_trajectories, cfg.seed, cfg)
                 rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
-                print(
-                    f"{len(rollouts)} trajectories, {mean(r.turns > 1 for r in rollouts):.0%} of them with a tool call"
-                )
+                share = mean(r.turns > 1 for r in rollouts)
+                print(f"{len(rollouts)} trajectories, {share:.0%} of them with a tool call")
             train_sft(policy, rollouts, cfg, run)
             run.finish("sft", policy)
             loaded = "sft"
         assess("sft", "sft")
     if cfg.stage in ("all", "rl"):
-        if not run.final("rl").exists():
-            train_rl(policy, problems, held_out, cfg, run)
+        if not exists(run.final("rl")):
+            start = str(run.final("sft")) if loaded else cfg.model
+            reference = load_policy(start, cfg, trained=False) if cfg.beta else None
+            train_rl(policy, reference, problems, held_out, cfg, run)
             run.finish("rl", policy)
             loaded = "rl"
-        finished = (run.final("rl") / "results.json").exists()
+        finished = exists(run.final("rl") / "results.json")
         assess("rl", cfg.algo)
         if not finished:
             run.log({"stage": "eval", "step": cfg.steps} | results[cfg.algo]["all"])
         run.draw_curves()
     if cfg.stage == "eval":
         results["start"] = evaluate(policy, held_out, cfg, folder / "rollouts.jsonl")
-    if results:
+    if results and is_first():
         billions = sum(p.numel() for p in policy.model.parameters()) / 1e9
         print(save_results(results, folder / "results.md", cfg, billions))
     accelerator.end_training()
+
+
+def stop(message: str) -> None:
+    """End with one sentence. If all processes fail alike, the first one says so, and torchrun ends the others."""
+    time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
+    sys.exit(f"axpo.py: {message}")
 
 
 if __name__ == "__main__":
@@ -2221,6 +2403,6 @@ if __name__ == "__main__":
         cfg = parse(sys.argv[1:])
         regrade(cfg) if cfg.regrade else print_plan(cfg) if cfg.plan else main(cfg)
     except (ValueError, OSError) as error:
-        sys.exit(f"axpo.py: {error}")
+        stop(str(error))
     except KeyboardInterrupt:
-        sys.exit("axpo.py: interrupted; the same command goes on from the last checkpoint")
+        stop("interrupted; the same command goes on from the last checkpoint")

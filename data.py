@@ -421,8 +421,9 @@ def store_image(image, folder: Path) -> str:
     name = f"images/{digest(image)[:32]}"
     if not (folder / name).exists():
         (folder / "images").mkdir(exist_ok=True)
-        (folder / f"{name}.draft").write_bytes(image)
-        os.replace(folder / f"{name}.draft", folder / name)
+        draft = folder / f"{name}.{os.environ.get('RANK', 0)}.draft"  # two processes may store the same image
+        draft.write_bytes(image)
+        os.replace(draft, folder / name)
     return name
 
 
@@ -502,7 +503,9 @@ def toy_corpus(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if not path.exists() or path.read_text() != text:  # a file that changes is indexed anew
-        path.write_text(text)
+        draft = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.draft")  # every process may come here
+        draft.write_text(text)
+        os.replace(draft, path)
     return path
 
 
@@ -747,9 +750,9 @@ def toy_recipe(folder: Path) -> dict:
         "search_corpus": str(toy_corpus(folder / "toy_corpus.jsonl")),
         "threads": 1, "questions_per_step": 16, "steps": 130, "lr": 5e-4,
         "sft_steps": 400, "sft_lr": 2e-3, "sft_batch": 64,
-        "micro_batch_tokens": 4096, "max_rows": 128, "max_response_tokens": 144, "save_every": 26,
-        "eval_every": 26, "eval_max_response_tokens": 144, "eval_max_turns": 3, "eval_temperature": 1.0,
-        "eval_top_p": 1.0, "eval_top_k": 0, "eval_presence_penalty": 0.0,
+        "micro_batch_tokens": 4096, "gradient_checkpointing": False, "max_rows": 128, "max_response_tokens": 144,
+        "save_every": 26, "eval_every": 26, "eval_max_response_tokens": 144, "eval_max_turns": 3,
+        "eval_temperature": 1.0, "eval_top_p": 1.0, "eval_top_k": 0, "eval_presence_penalty": 0.0,
     }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import axpo
 import data
@@ -630,6 +631,42 @@ def test_one_step_raises_what_was_credited_and_lowers_what_was_not(tooled, polic
     gain = ((after - before) * mask).sum(1) / mask.sum(1).clamp(min=1)
     advantages = torch.tensor([s.advantage for s in streams])
     assert (gain * advantages).sum() > 0
+
+
+def test_without_a_kl_streams_without_advantage_are_skipped_and_nothing_else_changes(tooled, policy, cfg):
+    streams = [replace(s, advantage=s.advantage * (i % 4 > 0)) for i, s in enumerate(credited(tooled))]
+    kept = [s for s in streams if s.advantage]
+    start = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+    whole, _ = weights_after(policy, streams, cfg, beta=1e-30)
+    skipping, metrics = weights_after(policy, streams, cfg, beta=0.0)
+    assert (skipping - whole).norm() / (whole - start).norm() < 1e-5
+    assert metrics["skipped"] == 1 - len(kept) / len(streams) > 0.2 and math.isnan(metrics["kl"])
+    nothing, metrics = weights_after(policy, [replace(s, advantage=0.0) for s in streams], cfg, beta=0.0)
+    assert torch.equal(nothing, start) and metrics["skipped"] == 1 and metrics["grad_norm"] == 0
+
+
+def test_checkpointed_layers_run_again_in_the_backward_pass_alone_and_change_no_bit(tooled, policy, cfg):
+    """A layer's MLP runs once per pass, and once more in the backward pass of the two passes of a shared prefix."""
+    streams, calls = credited(tooled)[:3], []
+    batch = [s for s in streams if s.rollout.problem is streams[0].rollout.problem]
+
+    def gradient(trained):
+        calls.clear()
+        trained.model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        with torch.no_grad():
+            axpo.stream_logps(trained, batch, 1.0)
+        counts = [len(calls)]
+        logps, mask = axpo.stream_logps(trained, batch, 1.0)
+        counts.append(len(calls))
+        logps[mask].sum().backward()
+        return [*counts, len(calls)], torch.cat(
+            [p.grad.flatten() for p in trained.model.parameters() if p.grad is not None]
+        )
+
+    plain, checkpointed = fresh(policy), fresh(policy)
+    axpo.checkpoint_layers(checkpointed.model)
+    (counts, expected), (again, found) = gradient(plain), gradient(checkpointed)
+    assert torch.equal(expected, found) and counts == [2, 4, 4] and again == [2, 4, 6]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1917,6 +1954,13 @@ def test_checkpoints_load_with_transformers_auto_classes(whole_run, policy):
     )
 
 
+def test_a_checkpoint_keeps_what_only_others_need(whole_run, cfg, tmp_path):
+    shutil.copytree(whole_run[0] / "sft", tmp_path / "a")
+    (tmp_path / "a/video_preprocessor_config.json").write_text("{}")
+    axpo.load_policy(str(tmp_path / "a"), cfg).save(tmp_path / "b")
+    assert (tmp_path / "b/video_preprocessor_config.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize("stage", ["rl", "eval"])
 def test_each_stage_runs_alone_from_a_checkpoint(whole_run, tmp_path, stage):
     done = run(*command(tmp_path, "--stage", stage, "--model", whole_run[0] / "sft", "--data", "toy", "--algo", "grpo"))
@@ -2163,6 +2207,132 @@ def test_a_killed_dump_goes_on_without_losing_or_repeating_a_problem(
     assert len(rolled) == 6 - kill_at // 2  # a problem is done when its line of statistics is whole
 
 
+# Many processes: two, on this machine's CPU. What one process does is the measure.
+BLUE = 'I use a tool.\n</think>\n\n<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call>'
+SHARED = "--name shared --threads 1 --sft_lr 2e-3 --sft_steps 6 --sft_batch 7 --steps 2 --questions_per_step 3 --rollouts_per_question 4 " \
+    "--resamples_per_prefix 2 --resample_ratio 0.5 --warmup_steps 1 --max_response_tokens 70 --eval_max_response_tokens 40 --eval_limit 3 " \
+    "--eval_rollouts 2 --micro_batch_tokens 1500 --gradient_checkpointing True --save_every 1 --eval_every 9 " \
+    "--data mine.jsonl --eval_data mine.jsonl --trajectories tools.jsonl --model runs/hand/sft"  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def shared(own_run, tmp_path_factory):
+    """A folder with a model that answers red, and trajectories (an odd number, some of them without images) that teach
+    it to call a tool and then to be wrong; and the run SHARED of one process, in which RL resamples."""
+    folder = tmp_path_factory.mktemp("shared")
+    shutil.copytree(own_run[0], folder, dirs_exist_ok=True)
+    rows = jsonl(folder / "hand.jsonl")[:6]
+    for row in rows[:5]:
+        question, answer = row["messages"]
+        call = {"role": "assistant", "content": f"<think>\n{BLUE}"}
+        wrong = {"role": "assistant", "content": answer["content"].replace("red", "blue")}
+        rows.append({"messages": [question, call, {"role": "tool", "content": "1"}, wrong]})
+    (folder / "tools.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = subprocess.run(
+        [sys.executable, HERE / "axpo.py", *SHARED.split(), "--output_dir", "one"],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert any(row["prefixes"] for row in jsonl(folder / "one/shared/metrics.jsonl") if row["stage"] == "rl")
+    return folder
+
+
+def test_two_processes_train_as_one_and_a_killed_one_ends_the_job_which_one_process_finishes(shared):
+    """SFT and a step of RL on two processes, of which one is then killed; the second step of RL on one."""
+    process = subprocess.Popen(
+        [*TORCHRUN, HERE / "axpo.py", *SHARED.split(), "--output_dir", "two"],
+        cwd=shared, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 240
+    while not (kept := list((shared / "two/shared").glob("rl.step-*1"))) and process.poll() is None:
+        assert time.time() < deadline
+        time.sleep(0.01)
+    assert kept, process.stderr.read()[-3000:]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = [c for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes()]
+    os.kill(int(second[0]), signal.SIGKILL)
+    process.stderr.close()
+    assert process.wait(60) != 0 and not (shared / "two/shared/rl").exists()
+    done = subprocess.run(
+        [sys.executable, HERE / "axpo.py", *SHARED.split(), "--output_dir", "two"],
+        cwd=shared, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "going on with rl after step 1" in done.stdout, done.stderr[-2000:]
+    ones, twos = (jsonl(shared / f"{name}/shared/metrics.jsonl") for name in ("one", "two"))
+    for one, two in zip(ones, twos, strict=True):
+        for key in (key for key in one if "second" not in key):
+            rough = {"loss": 1e-6, "grad_norm": 0, "kl": 1e-6, "sampler_gap": 1e-5, "ratio": 0}.get(key)
+            assert two[key] == (one[key] if rough is None else pytest.approx(one[key], rel=1e-4, abs=rough)), key
+    for stage in ("sft", "rl"):
+        one, two = (load_file(shared / f"{name}/shared/{stage}/model.safetensors") for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert all((one[name] - two[name]).norm() <= 1e-5 * one[name].norm() for name in one), stage
+        one, two = ((shared / f"{name}/shared/{stage}/rollouts.jsonl").read_text() for name in ("one", "two"))
+        assert one == two
+
+
+def two_updates(cfg):
+    """Weights and metrics after an update whose streams are dealt by hand: unequally, pictures here and text there, all
+    to one process; on one process the same streams together. Two epochs each, so that ratio and KL matter."""
+    found = []
+    toy = axpo.load_policy("toy", cfg)
+    rollouts = [axpo.to_rollout(toy, *trajectory) for trajectory in data.toy_trajectories(24, 0, cfg)]
+    streams = [Stream(r, r.prompt_len, len(r.ids), 1.5 - i % 4) for i, r in enumerate(rollouts)]
+    seen, text = ([s for s in streams if bool(s.rollout.pictures) is kind] for kind in (True, False))
+    for hands in ((streams[:5], streams[5:7]), (seen[:3], text[:2]), ([], streams[:4])):
+        policy, reference = axpo.load_policy("toy", cfg), axpo.load_policy("toy", cfg, trained=False)
+        optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.05)
+        many = torch.distributed.is_initialized()
+        mine = hands[torch.distributed.get_rank()] if many else [*hands[0], *hands[1]]
+        metrics = axpo.update(policy, reference, optimizer, mine, 8, cfg)
+        with axpo.gathered(policy):
+            found.append((torch.cat([p.detach().flatten() for p in policy.model.parameters()]), metrics))
+    return found
+
+
+def two_results():
+    """Updates, and the metrics of a batch of one question, with the number of its groups."""
+    stage = ["--stage", "distil", *SHARED.split(), "--name", "distil-two", "--max_rows", "4"]
+    cfg = axpo.parse([*stage, "--epochs_per_batch", "2", "--beta", "0.1", "--max_grad_norm", "1e9"])
+    policy = axpo.load_policy("runs/hand/sft", cfg)
+    axpo.start_tools(cfg)
+    with axpo.gathered(policy):
+        batch = axpo.axpo_batch(data.load("mine.jsonl")[:1], policy, cfg, 0)
+    return cfg, [*two_updates(cfg), (axpo.batch_metrics(batch), sum(map(len, axpo.everyones(batch.groups))))]
+
+
+def two_processes():
+    """What each of two processes does: the above, then the stage of distillation from its beginning to its end."""
+    torch.distributed.init_process_group("gloo")
+    torch.set_num_threads(1)
+    cfg, results = two_results()
+    if axpo.is_first():
+        torch.save(results, "two.pt")
+    axpo.main(cfg)
+
+
+def test_unequal_text_only_and_empty_processes_update_and_distil_as_one(shared, policy, monkeypatch):
+    monkeypatch.chdir(shared)
+    Path("script.py").write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_axpo; test_axpo.two_processes()"
+    )
+    done = subprocess.run([*TORCHRUN, "script.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("right trajectories: runs/distil-two/trajectories.jsonl") == 1
+    twos, (cfg, ones) = torch.load("two.pt"), two_results()
+    start = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+    for (one, expected), (two, found) in zip(ones[:-1], twos[:-1], strict=True):
+        assert (one - start).norm() > 1e-3 and (two - one).norm() < 1e-5 * (one - start).norm()
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert twos[-1] == (pytest.approx(ones[-1][0], nan_ok=True), 1)
+    Path("runs/distil-one").mkdir()
+    axpo.distil(axpo.load_policy("runs/hand/sft", cfg), data.load(cfg.data), cfg, Path("runs/distil-one/t.jsonl"))
+    for name in ("", "stats."):
+        one, two = Path(f"runs/distil-one/{name}t.jsonl"), Path(f"runs/distil-two/{name}trajectories.jsonl")
+        assert one.read_text() == two.read_text() and one.read_text().count("\n") > 3
+
+
 def outcome(source, id, reward, **fields):
     return {"id": f"{source}/{id}", "source": source, "category": "", "kind": "text", "question": "Where?", "answers": ["Paris"], "options": [],
             "stop": "answer", "calls": [], "response_length": 1, "reward": reward, "response": response("Paris")} | fields  # fmt: skip
@@ -2349,10 +2519,10 @@ def bench_cfg(tmp_path_factory):
 def practised(bench_cfg):
     """A policy that calls tools: AXPO_BENCH_MODEL, or the toy model after half a minute of SFT."""
     if path := os.environ.get("AXPO_BENCH_MODEL"):
-        return axpo.load_policy(path, "cpu")
+        return axpo.load_policy(path, bench_cfg)
     from accelerate import Accelerator
 
-    policy = axpo.load_policy("toy", "cpu")
+    policy = axpo.load_policy("toy", bench_cfg)
     rollouts = [axpo.to_rollout(policy, *trajectory) for trajectory in data.toy_trajectories(600, 0, bench_cfg)]
     axpo.train_sft(
         policy, rollouts, bench_cfg, axpo.Run(Path(bench_cfg.output_dir) / "bench", bench_cfg, Accelerator())
@@ -2501,7 +2671,9 @@ def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, targ
     problems = [p for p in data.load("toy", 48) if not p.images][:16]
     ours = rl_step(practised, replace(bench_cfg, algo="grpo", max_turns=turns), problems)
     practised.save(tmp_path / "model")
-    theirs = axpo.load_policy(str(tmp_path / "model"), "cpu")  # TRL loads its reference from where the policy came from
+    theirs = axpo.load_policy(
+        str(tmp_path / "model"), bench_cfg
+    )  # TRL loads its reference from where the policy came from
     theirs.model.generation_config.eos_token_id = [*theirs.eos, theirs.call_close]  # a turn ends with its call
     tokenizer = data.toy_tokenizer()
     prompts = [tokenizer.decode(theirs.prompt(problem).ids) for problem in problems]
