@@ -90,7 +90,9 @@ class Config(ToolConfig):
     """All that can be set. The method's defaults are the paper's where it names them; where the data is the toy world,
     `data.toy_recipe` replaces some."""
 
-    stage: Literal["all", "distil", "sft", "rl", "eval"] = option("all", "one stage, or SFT, RL and evaluation in turn")
+    stage: Literal["all", "distil", "sft", "rl", "eval"] = option(
+        "all", "one stage, or SFT (where there are trajectories), RL and evaluation in turn"
+    )
     model: str = option("toy", "checkpoint to start from: a folder, a Hub id of a Qwen3-VL, or 'toy' (tiny, random)")
     data: str = option("", "problems: sets, mixtures a,b:500 or JSONL files (default: toy, or the paper's mix)")
     eval_data: str = option(
@@ -135,7 +137,7 @@ class Config(ToolConfig):
     distil_balance: bool = option(False, "also write a file with as many trajectories with a tool as without")
     eval_rollouts: int = option(4, "rollouts per problem: Pass@1 is their mean, Pass@k any of them")
     eval_limit: int = option(0, "evaluate on this many problems drawn with the seed (0: all)")
-    eval_every: int = option(20, "RL steps between evaluations on the way (0: none)")
+    eval_every: int = option(0, "RL steps between evaluations on the way (0: none)")
     eval_temperature: float = option(0.7, "temperature in evaluation")
     eval_top_p: float = option(0.8, "nucleus in evaluation")
     eval_top_k: int = option(20, "top-k in evaluation")
@@ -163,6 +165,12 @@ class Config(ToolConfig):
         self.data = self.data or ("toy" if toy else "paper-sft" if self.stage in ("distil", "sft") else "paper-rl")
         data.check(self.data)
         data.check(self.eval_data)
+        if self.trajectories and not Path(self.trajectories).is_file():
+            raise ValueError(f"--trajectories {self.trajectories}: there is no such file")
+        if not self.trajectories and self.data != "toy":  # only the toy world has a teacher
+            if self.stage == "sft":
+                raise ValueError("--stage sft needs --trajectories FILE, for instance what --stage distil writes")
+            self.stage = "rl" if self.stage == "all" else self.stage
         may_be_zero = {"seed", "threads", "steps", "sft_steps", "warmup_steps", "eval_limit", "eval_every",
                        "show_every", "eval_top_k"}  # fmt: skip
         for name, value in asdict(self).items():
@@ -2364,7 +2372,7 @@ def main(cfg: Config) -> None:
             if cfg.trajectories:
                 rollouts = TrajectoryFile(Path(cfg.trajectories), policy)
             else:
-                trajectories = data.trajectories(cfg.data, cfg.sft_trajectories, cfg.seed, cfg)
+                trajectories = data.toy_trajectories(cfg.sft_trajectories, cfg.seed, cfg)
                 rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
                 share = mean(r.turns > 1 for r in rollouts)
                 print(f"{len(rollouts)} trajectories, {share:.0%} of them with a tool call")

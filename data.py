@@ -757,10 +757,3 @@ def toy_recipe(folder: Path) -> dict:
 
 
 MADE |= {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}
-
-
-def trajectories(name: str, count: int, seed: int, tools: ToolConfig) -> list[tuple[Problem, list[str | Observation]]]:
-    """What the scripted teacher of the toy world wrote; any other data needs trajectories of its own."""
-    if name != "toy":
-        raise DataError(f"nobody has written trajectories for {name}: distil some, and give them with --trajectories")
-    return toy_trajectories(count, seed, tools)

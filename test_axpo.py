@@ -2020,6 +2020,8 @@ def test_a_finished_run_started_again_says_its_results_and_changes_nothing(whole
         (["--model", "/no/such/folder", "--data", "toy"], "cannot load --model /no/such/folder"),
         (["--data", "nothing"], "nothing"),
         (["--output_dir", "/dev/null/x"], "Not a directory"),
+        (["--stage", "sft", "--data", "toy-test"], "needs --trajectories FILE"),
+        (["--trajectories", "nowhere.jsonl"], "there is no such file"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, arguments, says):
@@ -2380,6 +2382,7 @@ def test_a_bad_trajectory_file_is_one_sentence(tmp_path, policy, row, says):
 def test_data_defaults_follow_model_and_stage():
     names = lambda *a: (lambda c: (c.data, c.eval_data))(axpo.Config(**dict(x.split("=") for x in a)))  # noqa: E731
     assert names() == names("model=x", "data=toy") == names("stage=eval", "data=toy") == ("toy", "toy-test")
+    assert axpo.Config(model="x").stage == "rl" and axpo.Config().stage == "all"  # nobody taught x, but somebody the toy
     assert names("model=x") == ("paper-rl", "paper-eval") and names("model=x", "stage=distil")[0] == "paper-sft"
     assert names("model=x", "stage=eval", "data=vstar,dynamath")[1] == "vstar,dynamath"
     assert names("model=x", "stage=rl", "data=fvqa:9") == ("fvqa:9", "paper-eval")
