@@ -2211,9 +2211,9 @@ def test_a_killed_dump_goes_on_without_losing_or_repeating_a_problem(
 
 # Many processes: two, on this machine's CPU. What one process does is the measure.
 BLUE = 'I use a tool.\n</think>\n\n<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call>'
-SHARED = "--name shared --threads 1 --sft_lr 2e-3 --sft_steps 6 --sft_batch 7 --steps 2 --questions_per_step 3 --rollouts_per_question 4 " \
+SHARED = "--name shared --threads 1 --sft_lr 3e-3 --sft_steps 4 --sft_batch 7 --lr 3e-4 --steps 2 --questions_per_step 3 --rollouts_per_question 4 " \
     "--resamples_per_prefix 2 --resample_ratio 0.5 --warmup_steps 1 --max_response_tokens 70 --eval_max_response_tokens 40 --eval_limit 3 " \
-    "--eval_rollouts 2 --micro_batch_tokens 1500 --gradient_checkpointing True --save_every 1 --eval_every 9 " \
+    "--eval_rollouts 2 --distil_rollouts 2 --micro_batch_tokens 1500 --gradient_checkpointing True --save_every 1 --eval_every 9 " \
     "--data mine.jsonl --eval_data mine.jsonl --trajectories tools.jsonl --model runs/hand/sft"  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -2236,7 +2236,8 @@ def shared(own_run, tmp_path_factory):
         cwd=folder, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert any(row["prefixes"] for row in jsonl(folder / "one/shared/metrics.jsonl") if row["stage"] == "rl")
+    steps = [row for row in jsonl(folder / "one/shared/metrics.jsonl") if row["stage"] == "rl"]
+    assert any(row["prefixes"] for row in steps) and all(row["grad_norm"] > 0.01 for row in steps)
     return folder
 
 
@@ -2266,10 +2267,14 @@ def test_two_processes_train_as_one_and_a_killed_one_ends_the_job_which_one_proc
         for key in (key for key in one if "second" not in key):
             rough = {"loss": 1e-6, "grad_norm": 0, "kl": 1e-6, "sampler_gap": 1e-5, "ratio": 0}.get(key)
             assert two[key] == (one[key] if rough is None else pytest.approx(one[key], rel=1e-4, abs=rough)), key
+    start = load_file(shared / "runs/hand/sft/model.safetensors")
     for stage in ("sft", "rl"):
         one, two = (load_file(shared / f"{name}/shared/{stage}/model.safetensors") for name in ("one", "two"))
         assert one.keys() == two.keys()
-        assert all((one[name] - two[name]).norm() <= 1e-5 * one[name].norm() for name in one), stage
+        flat = [torch.cat([tensor.flatten() for tensor in tensors.values()]) for tensors in (start, one, two)]
+        moved, apart = ((flat[1] - other).norm() / flat[1].norm() for other in (flat[0], flat[2]))
+        assert moved > 1e-3 and apart < 1e-5, (stage, moved, apart)
+        start = one
         one, two = ((shared / f"{name}/shared/{stage}/rollouts.jsonl").read_text() for name in ("one", "two"))
         assert one == two
 
@@ -2279,7 +2284,7 @@ def two_updates(cfg):
     to one process; on one process the same streams together. Two epochs each, so that ratio and KL matter."""
     found = []
     toy = axpo.load_policy("toy", cfg)
-    rollouts = [axpo.to_rollout(toy, *trajectory) for trajectory in data.toy_trajectories(24, 0, cfg)]
+    rollouts = [axpo.to_rollout(toy, *trajectory) for trajectory in data.toy_trajectories(16, 0, cfg)]
     streams = [Stream(r, r.prompt_len, len(r.ids), 1.5 - i % 4) for i, r in enumerate(rollouts)]
     seen, text = ([s for s in streams if bool(s.rollout.pictures) is kind] for kind in (True, False))
     for hands in ((streams[:5], streams[5:7]), (seen[:3], text[:2]), ([], streams[:4])):
