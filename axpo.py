@@ -54,7 +54,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Literal
@@ -689,40 +689,23 @@ class KVCache:
         ]
         self.own, self.prefix = make(rows, own), make(prefixes, prefix)
 
-    def prefill(self, slots: Tensor) -> KVCache:
-        """Aim the next pass: it computes the prefixes of these slots."""
-        self.mode, self.slots = "prefill", slots
-        return self
-
-    def append(self, rows: Tensor, columns: Tensor, prefixes: Tensor, lengths: tuple[int, int]) -> KVCache:
-        """Aim the next pass: tokens for these rows, at columns (R, T) of their own; they see the first `lengths` tokens
-        of their prefix and of their own."""
-        self.mode, self.slots, self.columns, self.prefixes, self.lengths = "append", rows, columns, prefixes, lengths
-        return self
-
-    def decode(self, columns: Tensor, place: Tensor, members: Tensor, lengths, mask: Tensor) -> KVCache:
-        """Aim the next pass: one token for each of the first R rows, at columns (R,). members (P, n): the rows of each
-        prefix, filled up with any; place (R,): where a row stands in members.flatten(); mask (R, 1, 1, keys)."""
-        self.mode, self.columns, self.place, self.members = "decode", columns, place, members
-        self.lengths, self.mask = lengths, mask
+    def aim(self, mode, rows, columns, lengths=(0, 0), prefixes=None, place=None, members=None, mask=None) -> KVCache:
+        """Aim the next pass: tokens at columns (R, T) of rows (R,), in a mode. "prefill": these rows are prefixes.
+        "append": their own; they see the first `lengths` tokens of their `prefixes` (R,) and of their own. "decode":
+        one token for each. members (P, n): the rows of each prefix, filled up with any; place (R,): where a row stands
+        in members.flatten(); mask (R, 1, 1, keys)."""
+        self.mode, self.rows, self.columns, self.lengths, self.prefixes = mode, rows, columns, lengths, prefixes
+        self.place, self.members, self.mask = place, members, mask
         return self
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple:
         """keys, values (R, heads, T, D) are stored; returns those to attend to."""
-        before, after = self.lengths if self.mode != "prefill" else (0, 0)
-        if self.mode == "prefill":
-            for store, new in zip(self.prefix[layer], (keys, values)):
-                store[self.slots, :, : new.shape[2]] = new
-            return keys, values
+        for store, new in zip((self.prefix if self.mode == "prefill" else self.own)[layer], (keys, values)):
+            store[self.rows[:, None], :, self.columns] = new.transpose(1, 2)
         if self.mode == "append":
-            for store, new in zip(self.own[layer], (keys, values)):
-                store[self.slots[:, None], :, self.columns] = new.transpose(1, 2)
-            both = zip(self.prefix[layer], self.own[layer])
-            return tuple(torch.cat([p[self.prefixes, :, :before], o[self.slots, :, :after]], 2) for p, o in both)
-        rows = torch.arange(len(keys), device=keys.device)
-        for store, new in zip(self.own[layer], (keys, values)):
-            store[rows, :, self.columns] = new[:, :, 0]
-        return self, layer
+            both, (before, after) = zip(self.prefix[layer], self.own[layer]), self.lengths
+            return tuple(torch.cat([p[self.prefixes, :, :before], o[self.rows, :, :after]], 2) for p, o in both)
+        return (keys, values) if self.mode == "prefill" else (self, layer)
 
     def attend(self, query: Tensor, layer: int, scaling: float) -> Tensor:
         """Attention of one token per row, query (R, H, 1, D) -> (R, 1, H, D): one softmax over the keys of the prefix,
@@ -808,11 +791,6 @@ class Engine:
 
     def __init__(self, policy: Policy, sampling: Sampling, cfg: Config):
         self.policy, self.sampling, self.cfg, self.device = policy, sampling, cfg, policy.bias.device
-        self.rows: list[Row] = []
-        self.prefixes: dict[tuple[Rollout, int], Prefix] = {}
-        self.clock = 0
-        self.layout: tuple[Tensor, Tensor, Tensor] | None = None  # see `step`; None once rows came or went
-        self.graphs: dict[tuple, tuple] = {}
         self.captures = self.device.type == "cuda"
 
     @torch.no_grad()
@@ -835,8 +813,12 @@ class Engine:
 
     def reserve(self, rollouts: Sequence[Rollout]) -> None:
         """Allocate the cache for as many rows as fit, each of full length, and the prefixes they can have."""
-        prefix = max(len(r.ids) for r in rollouts)
-        own = 1 + max(r.prompt_len + self.sampling.max_response_tokens - len(r.ids) for r in rollouts)  # 1: for padding
+        grain = 8 if self.captures else 1  # tensor cores like multiples of 8
+        prefix, own = (
+            max(len(r.ids) for r in rollouts),
+            1 + max(r.prompt_len + self.sampling.max_response_tokens - len(r.ids) for r in rollouts),
+        )  # 1: for padding
+        prefix, own = -(-prefix // grain) * grain, -(-own // grain) * grain
         distinct, vocabulary = len({self.key(r) for r in rollouts}), len(self.policy.bias)
         config = self.policy.model.config.text_config
         itemsize = self.policy.model.get_input_embeddings().weight.itemsize
@@ -847,7 +829,11 @@ class Engine:
             if not rows:
                 need = (own + prefix) * token / 1e9
                 raise ValueError(f"the cache of one rollout needs {need:.1f} GB, more than is free: lower the limits")
-        self.slots = rows
+        self.rows: list[Row] = []
+        self.prefixes: dict[tuple[Rollout, int], Prefix] = {}
+        self.clock, self.slots = 0, rows
+        self.layout: tuple[Tensor, Tensor, Tensor] | None = None  # see `step`; None once rows came or went
+        self.graphs: dict[tuple, tuple] = {}
         self.cache = KVCache(self.policy.model, rows, own, min(rows, distinct), prefix)
         self.logits = torch.zeros(rows, vocabulary, device=self.device)
         self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=self.device)
@@ -855,19 +841,21 @@ class Engine:
     @staticmethod
     def key(rollout: Rollout) -> tuple[Rollout, int]:
         """What the rollout, not begun yet, has in common with its siblings."""
-        return rollout.parent or rollout, len(rollout.ids)
+        return rollout.parent if rollout.parent_len == len(rollout.ids) else rollout, len(rollout.ids)
 
     def admit(self, pending: deque[Rollout]) -> None:
         """Fill the free slots; what siblings share is computed once."""
         fresh = [pending.popleft() for _ in range(min(len(pending), self.slots - len(self.rows)))]
-        if not fresh:
+        if self.layout is not None and not fresh:
             return
-        keys = {self.key(r): r for r in fresh}
-        used = {row.prefix for row in self.rows}
+        keys, used = {self.key(r): r for r in fresh}, {row.prefix for row in self.rows}
         self.prefixes = {key: p for key, p in self.prefixes.items() if p in used or key in keys}
-        taken = {p.slot for p in self.prefixes.values()}
-        free = (slot for slot in range(self.cache.prefix[0].shape[1]) if slot not in taken)
-        self.prefill([r for key, r in keys.items() if key not in self.prefixes], free)
+        for slot, prefix in enumerate(sorted(self.prefixes.values(), key=lambda prefix: prefix.slot)):
+            if prefix.slot > slot:  # close the gap: a decode step reads all prefixes up to the last one
+                for store in self.cache.prefix:
+                    store[:, slot] = store[:, prefix.slot]
+                prefix.slot = slot
+        self.prefill([r for key, r in keys.items() if key not in self.prefixes])
         for r in fresh:
             prefix, slot, called = self.prefixes[self.key(r)], len(self.rows), bool(r.calls)
             rng, toolbox = np.random.default_rng(r.seed), Toolbox(r.problem.images, self.cfg)
@@ -877,11 +865,12 @@ class Engine:
             self.seen[slot, [i for i, m in zip(r.ids, r.mask) if m]] = True
         self.layout = None
 
-    def prefill(self, leaders: list[Rollout], free: Iterator[int]) -> None:
-        """Compute the prefixes that these rollouts begin with, each into a free slot."""
+    def prefill(self, leaders: list[Rollout]) -> None:
+        """Compute the prefixes that these rollouts begin with, each into the next slot."""
         for some in portions(leaders, [len(r.ids) for r in leaders], self.PREFILL_TOKENS):
-            slots = list(islice(free, len(some)))
-            aimed = self.cache.prefill(torch.tensor(slots, device=self.device))
+            slots = list(range(len(self.prefixes), len(self.prefixes) + len(some)))
+            columns = torch.arange(max(len(r.ids) for r in some), device=self.device)[None]
+            aimed = self.cache.aim("prefill", torch.tensor(slots, device=self.device), columns)
             logits, positions = self.feed([(r, 0, 0) for r in some], CAUSAL, aimed)
             for r, *prefix in zip(some, slots, map(len, (r.ids for r in some)), positions, logits):
                 self.prefixes[self.key(r)] = Prefix(*prefix)
@@ -895,7 +884,8 @@ class Engine:
             queries = (starts - lengths)[:, None] + torch.arange(longest, device=self.device)
             seen = max(row.prefix.length for row in some), max(len(r.rollout.ids) - r.prefix.length for r in some)
             # Padding may go where a later token will stand, or into the last column.
-            aimed = self.cache.append(slots, queries.clamp(max=self.cache.own[0].shape[3] - 1), prefixes, seen)
+            columns = queries.clamp(max=self.cache.own[0].shape[3] - 1)
+            aimed = self.cache.aim("append", slots, columns, seen, prefixes)
             spans = [(row.rollout, row.cached, row.position) for row in some]
             self.logits[slots], positions = self.feed(spans, self.mask(lengths, queries, *seen), aimed)
             for row, position in zip(some, positions):
@@ -1016,8 +1006,7 @@ class Engine:
             after = min(-(-after // self.GRAPH_WIDTH) * self.GRAPH_WIDTH, filler[1] + 1)
         numbers += [filler] * (len(layout[0]) - len(numbers))
         inputs = torch.tensor(numbers, device=self.device).T, *layout
-        logits = self.captured(*inputs, after) if self.captures else self.next_logits(*inputs, after)
-        self.logits[: len(self.rows)] = logits[: len(self.rows)]
+        (self.captured if self.captures else self.advance)(*inputs, after)
         for row in self.rows:
             if not row.waiting:
                 row.cached, row.position = row.cached + 1, row.position + 1
@@ -1040,34 +1029,32 @@ class Engine:
         filled = [slots + [0] * (n - len(slots)) for slots in members]
         return tuple(torch.tensor(x, device=self.device) for x in (lengths, place, filled))
 
-    def next_logits(self, numbers: Tensor, lengths: Tensor, place: Tensor, members: Tensor, after: int) -> Tensor:
-        """Logits (R, V) after one more token per row; numbers (3, R): its id, column and M-RoPE position."""
-        ids, columns, positions = numbers
-        before = self.cache.prefix[0].shape[3]
-        mask = self.mask(lengths, columns[:, None], before, after)
-        aimed = self.cache.decode(columns, place, members, (before, after), mask)
-        hidden = self.policy.forward(ids[:, None], positions[None, :, None].expand(3, -1, -1), mask, aimed, ())
-        return self.policy.logits(hidden[:, 0])
+    def advance(self, numbers: Tensor, lengths: Tensor, place: Tensor, members: Tensor, after: int) -> None:
+        """self.logits after one more token per row; numbers (3, R): its id, column and M-RoPE position."""
+        ids, columns, positions = numbers[..., None]
+        rows, seen = torch.arange(len(ids), device=self.device), (self.cache.prefix[0].shape[3], after)
+        mask = self.mask(lengths, columns, *seen)
+        aimed = self.cache.aim("decode", rows, columns, seen, None, place, members, mask)
+        hidden = self.policy.forward(ids, positions.expand(3, -1, -1), mask, aimed, ())
+        self.logits[: len(ids)] = self.policy.logits(hidden[:, 0])
 
-    def captured(self, numbers: Tensor, lengths: Tensor, place: Tensor, members: Tensor, after: int) -> Tensor:
-        """`next_logits` from a CUDA graph, captured once per shape: hundreds of kernels are launched as one."""
+    def captured(self, numbers: Tensor, lengths: Tensor, place: Tensor, members: Tensor, after: int) -> None:
+        """`advance` from a CUDA graph: hundreds of kernels are launched as one. A shape is captured when it comes
+        again: libraries set themselves up in the first call, which no graph may hold, and some come but once."""
         inputs, key = (numbers, lengths, place, members), (len(place), *members.shape, after)
         if key not in self.graphs:
-            static = [tensor.clone() for tensor in inputs]
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries set themselves up in the first call, which no graph may hold
-                self.next_logits(*static, after)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph, pool = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+            self.graphs[key] = None
+            return self.advance(*inputs, after)
+        if not self.graphs[key]:
+            pool = next((kept[0].pool() for kept in self.graphs.values() if kept), None)
+            graph, static = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self.next_logits(*static, after)
-            self.graphs[key] = graph, static, logits
-        graph, static, logits = self.graphs[key]
+                self.advance(*static, after)
+            self.graphs[key] = graph, static
+        graph, static = self.graphs[key]
         for kept, given in zip(static, inputs):
             kept.copy_(given)
         graph.replay()
-        return logits
 
 
 def portions(items: list, lengths: list[int], tokens: int) -> Iterator[list]:
@@ -1082,9 +1069,11 @@ def portions(items: list, lengths: list[int], tokens: int) -> Iterator[list]:
 def free_memory(device: torch.device) -> int:
     """Bytes that a tensor could still take."""
     if device.type == "cuda":  # what the allocator has but doesn't use is free as well
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + unused
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil  # which accelerate brings along
+
+    return psutil.virtual_memory().available
 
 
 # ======================================================================================================================

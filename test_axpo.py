@@ -397,7 +397,7 @@ def test_siblings_share_one_prefill_and_rows_are_as_many_as_fit(monkeypatch, pol
     assert shapes[0] == (2, max(len(p.ids) for p in prompts)) and set(shapes[1:]) <= {(rows, 1) for rows in range(1, 9)}
     assert engine.cache.own[0].shape[1:4:2] == (8, 6) and engine.cache.prefix[0].shape[1] == 2
     row = 2 * 2 * 2 * 32 * 4 * 6 + 32 * len(policy.bias)  # layers, K and V, heads, D, bytes, tokens; and its logits
-    room = 2 * 2 * 2 * 32 * 4 * shapes[0][1] * 2 + 3.5 * row
+    room = 2 * 2 * 2 * 32 * 4 * engine.cache.prefix[0].shape[3] * 2 + 3.5 * row
     monkeypatch.setattr(axpo, "free_memory", lambda device: room / 0.8)
     rollouts = [prompt.fork(len(prompt.ids), (i,)) for prompt in prompts for i in range(4)]
     engine.reserve(rollouts)
@@ -416,7 +416,7 @@ def test_the_padded_shapes_of_cuda_graphs_change_no_token(monkeypatch, policy, c
         engine.run(rollouts)
         return [r.ids for r in rollouts]
 
-    shapes, steps = set(), axpo.Engine.next_logits
+    shapes, steps = set(), axpo.Engine.advance
 
     def replayed(engine, numbers, lengths, place, members, after):
         shapes.add((len(place), *members.shape, after))
@@ -426,6 +426,66 @@ def test_the_padded_shapes_of_cuda_graphs_change_no_token(monkeypatch, policy, c
     monkeypatch.setattr(axpo.Engine, "GRAPH_WIDTH", 16)
     assert run(True) == run(False)
     assert len(shapes) < 20 and {rows for rows, *_ in shapes} <= {1, 2, 4, 8, 11}
+
+
+def test_random_workloads_equal_one_forward_pass_over_the_whole_rollout(monkeypatch, policy, cfg):
+    class Recorded:  # stands for a CUDA graph: replays the captured step with its own inputs, as they then are
+        pool = replay = staticmethod(lambda: None)
+
+    @contextlib.contextmanager
+    def capture(graph, **options):
+        monkeypatch.setattr(
+            engine, "advance", lambda *step: setattr(graph, "replay", lambda: engine_step(engine, *step))
+        )
+        yield
+        monkeypatch.setattr(engine, "advance", engine_step.__get__(engine))
+
+    def call(toolbox, text):
+        draw = random.Random(text)
+        images = [
+            Image.new("RGB", (draw.randint(40, 200), 64), (draw.randrange(255), 0, 0)) for _ in range(draw.randrange(3))
+        ]
+        return tools.Observation("Mira " * draw.randrange(20), images, True)
+
+    policy, engine_step = axpo.Policy(policy.model, policy.tokenizer, policy.image_processor), axpo.Engine.advance
+    policy.bias[[policy.think_close, policy.call_open, policy.call_close]] = 6.0
+    policy.bias[policy.end] = 3.0
+    monkeypatch.setattr(Toolbox, "call", call)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    turns = pictures = 0
+    for seed in range(2):
+        draw = random.Random(seed)
+        prompts = [
+            policy.prompt(replace(p, question=p.question + " Mira" * draw.choice([0, 60])))
+            for p in data.toy_problems("train", 3)
+        ]
+        sampling = Sampling(1.0, max_turns=4, max_response_tokens=120)
+        engine = axpo.Engine(policy, sampling, replace(cfg, max_rows=draw.randint(1, 7)))
+        engine.PREFILL_TOKENS, engine.GRAPH_WIDTH, engine.captures = draw.choice([1, 300, 16384]), 16, seed % 2 == 0
+        sources = []
+        for n in range(2):  # an engine runs twice
+            rollouts = [p.fork(len(p.ids), (seed, n, i)) for p in prompts for i in range(2)]
+            rollouts += [s.fork(s.calls[0].start, (*s.seed, 2, k)) for s in sources[:3] for k in range(2)]
+            for r, text in zip(rollouts, ("Hm. one two", "So. six two")):
+                r.append(policy.encode(text), 1)  # equally long, but not the same
+            draw.shuffle(rollouts)
+            begun = [len(r.ids) for r in rollouts]
+            engine.run(rollouts)
+            sources = [r for r in rollouts if r.calls and r.parent in prompts]
+            for r, begin in zip(rollouts, begun):
+                positions, _ = policy.positions(len(r.ids), r.pictures)
+                with torch.no_grad():
+                    hidden = policy.forward(torch.tensor([r.ids]), positions[:, None], axpo.CAUSAL, None, r.pictures)
+                    logits = policy.logits(hidden[0])
+                drawn = [j for j in range(begin, len(r.ids)) if r.mask[j]]
+                uniforms = torch.tensor(np.random.default_rng(r.seed).random(len(drawn)))
+                ids, logps, entropies = axpo.sample(logits[[j - 1 for j in drawn]], uniforms, sampling, torch.zeros(1))
+                assert ids.tolist() == [r.ids[j] for j in drawn] and r.stop
+                assert torch.allclose(logps, torch.tensor([r.logps[j] for j in drawn]), atol=1e-4)
+                assert torch.allclose(entropies, torch.tensor([r.entropies[j] for j in drawn]), atol=1e-4)
+                turns, pictures = max(turns, r.turns), max(pictures, len(r.pictures))
+    assert turns == 4 and pictures > 3
 
 
 def test_image_and_turn_tokens_are_never_sampled(policy):
@@ -2387,7 +2447,9 @@ def test_a_bad_trajectory_file_is_one_sentence(tmp_path, policy, row, says):
 def test_data_defaults_follow_model_and_stage():
     names = lambda *a: (lambda c: (c.data, c.eval_data))(axpo.Config(**dict(x.split("=") for x in a)))  # noqa: E731
     assert names() == names("model=x", "data=toy") == names("stage=eval", "data=toy") == ("toy", "toy-test")
-    assert axpo.Config(model="x").stage == "rl" and axpo.Config().stage == "all"  # nobody taught x, but somebody the toy
+    assert (
+        axpo.Config(model="x").stage == "rl" and axpo.Config().stage == "all"
+    )  # nobody taught x, but somebody the toy
     assert names("model=x") == ("paper-rl", "paper-eval") and names("model=x", "stage=distil")[0] == "paper-sft"
     assert names("model=x", "stage=eval", "data=vstar,dynamath")[1] == "vstar,dynamath"
     assert names("model=x", "stage=rl", "data=fvqa:9") == ("fvqa:9", "paper-eval")
