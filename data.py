@@ -140,9 +140,10 @@ def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
     problems: list[Problem] = []
     for k, (_, build) in enumerate(parts):
         fresh = list(build({row for part, row in slots if part == k}))
+        source = SETS.get(fresh[0].source) if fresh else None
         owners = {digest(ref): problem.source for problem in problems for ref in problem.images}
-        if fresh and fresh[0].source in SETS and SETS[fresh[0].source].training:
-            owners |= _evaluation_images()
+        if source:  # a benchmark is never cut
+            owners = owners | _evaluation_images() if source.training else {}
         dropped = Counter()
         for problem in fresh:
             owner = next((owners[key] for key in map(digest, problem.images if owners else ()) if key in owners), None)
@@ -151,6 +152,9 @@ def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
         for owner in dropped.keys() - {None}:
             numbers = (fresh[0].source, dropped[owner], len(fresh), owner)
             log.warning("%s: %d of %d problems share an image with %s: dropped", *numbers)
+    twice = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
+    if twice:  # what is sampled, and where a run goes on, hangs on the id
+        raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
     return problems
 
 

@@ -1846,6 +1846,14 @@ def test_a_mixture_draws_from_every_part_and_from_made_problems(hub, monkeypatch
     assert len(data.load("toy")) == 1000 and len(data.load("toy", 5)) == 5 and len(data.load("toy:3,pyvision")) == 43
 
 
+def test_two_files_of_one_name_cannot_be_mixed(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.jsonl").write_text('{"question": "Q", "answer": "1"}\n')
+    with pytest.raises(data.DataError, match="1 problems of .* have the id of another, as mine/0"):
+        data.load(f"{tmp_path}/a/mine.jsonl,{tmp_path}/b/mine.jsonl")
+
+
 def test_training_rows_lose_what_evaluation_or_an_earlier_part_has(hub, caplog):
     for name in ("visualprobe", "pyvision", "mmfinereason"):
         write_set(hub, name, lambda k, row: row | {"image": cell(9000)} if k == 0 and "pass_rate" in row else row)
