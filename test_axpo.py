@@ -2913,3 +2913,23 @@ def test_bench_cost_grows_in_proportion(bench_cfg):
         },
         3,
     )
+
+
+@bench
+def test_bench_two_processes_against_one(practised, bench_cfg, tmp_path):
+    practised.save(tmp_path / "model")
+    options = "--stage rl --data toy --steps 9 --eval_every 0 --eval_limit 4 --show_every 0 --max_rows 64"
+    seconds = {}
+    for count in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command = [*launch, HERE / "axpo.py", *options.split(), "--model", tmp_path / "model", "--name", count]
+        done = run(*command, "--output_dir", tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [json.loads(line) for line in (tmp_path / str(count) / "metrics.jsonl").read_text().splitlines()]
+        parts = [
+            [row[f"{part}_seconds"] for part in ("rollout", "resample", "update")]
+            for row in rows
+            if row["stage"] == "rl"
+        ]
+        seconds[f"{count} process" + "es" * (count > 1)] = [sum(part) for part in parts[1:]]
+    report("AXPO step, 16 questions", seconds)
