@@ -46,7 +46,7 @@ import time
 import unicodedata
 import urllib.request
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -96,7 +96,8 @@ class Config(ToolConfig):
     model: str = option("toy", "checkpoint to start from: a folder, a Hub id of a Qwen3-VL, or 'toy' (tiny, random)")
     data: str = option("", "problems: sets, mixtures a,b:500 or JSONL files (default: toy, or the paper's mix)")
     eval_data: str = option(
-        "", "problems to evaluate on (default: --data in --stage eval, else the paper's nine; the toy's test split)"
+        "",
+        "evaluated on (default: --data in --stage eval, else the paper's nine; the toy's test split); none: nothing is",
     )
     output_dir: str = option("runs", "runs are kept in OUTPUT_DIR/NAME")
     name: str = option("", "name of the run (default: made of model and algorithm); the same command again resumes it")
@@ -146,7 +147,7 @@ class Config(ToolConfig):
     eval_max_response_tokens: int = option(32768, "response tokens in evaluation")
     judge_url: str = option("", "OpenAI-compatible endpoint (.../v1) that grades, in evaluation, what rules cannot")
     judge_model: str = option("", "model of that endpoint; the key is OPENAI_API_KEY of the environment")
-    regrade: str = option("", "dump of an evaluation (rollouts.*.jsonl) to grade again; nothing else is done")
+    regrade: str = option("", "dump of an evaluation (rollouts.jsonl) to grade again; nothing else is done")
     # machine and logs
     max_rows: int = option(64, "rollouts decoded side by side, per process")
     tool_threads: int = option(8, "tool calls that run side by side")
@@ -164,7 +165,8 @@ class Config(ToolConfig):
         self.eval_data = self.eval_data or ("toy-test" if toy else chosen)
         self.data = self.data or ("toy" if toy else "paper-sft" if self.stage in ("distil", "sft") else "paper-rl")
         data.check(self.data)
-        data.check(self.eval_data)
+        if self.eval_data != "none" or self.stage == "eval":
+            data.check(self.eval_data)
         if self.trajectories and not Path(self.trajectories).is_file():
             raise ValueError(f"--trajectories {self.trajectories}: there is no such file")
         if not self.trajectories and self.data != "toy":  # only the toy world has a teacher
@@ -549,7 +551,10 @@ class Policy:
     def prompt(self, problem: Problem) -> Rollout:
         """The question as a rollout with nothing sampled yet."""
         rollout = Rollout(problem, (), [], [], [], [], [], 0, 0)
-        images = [self.encode_image(data.open_image(ref)) for ref in problem.images]
+        try:
+            images = [self.encode_image(data.open_image(ref)) for ref in problem.images]
+        except ValueError as error:
+            raise ValueError(f"{problem.id}: {error}") from error
         head, tail = self.frame(len(images))
         ids, rollout.pictures = self.splice(rollout, head, images, problem.question, tail)
         rollout.append(ids, mask=0)
@@ -1012,7 +1017,7 @@ class Engine:
                 row.cached, row.position = row.cached + 1, row.position + 1
 
     def lay_out(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Which rows share a prefix: prefix lengths (R,), `place` (R,) and `members` (P, n) of KVCache.decode. For CUDA
+        """Which rows share a prefix: prefix lengths (R,), `place` (R,) and `members` (P, n) of KVCache.aim. For CUDA
         graphs R, P and n are rounded up to powers of two, so that few shapes occur."""
         members: list[list[int]] = [[] for _ in range(1 + max(row.prefix.slot for row in self.rows))]
         for slot, row in enumerate(self.rows):
@@ -1082,7 +1087,7 @@ def free_memory(device: torch.device) -> int:
 # Every process has all code and its share of the questions. Weights, gradients and the optimizer's state lie in shards
 # (FSDP2), one per process. For the time of a phase (rollouts, reference log-probs, update) each process gathers the
 # weights whole; what it computes meanwhile needs no other process, so that each may run as many passes as it has work
-# for, or none. "Collective" is what every process must call. On a CPU alone nothing is sharded.
+# for, or none. "Collective" is what every process must call. One process on a CPU shards nothing.
 def is_first() -> bool:
     """Is this the process that writes and prints?"""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -1155,7 +1160,6 @@ def optimise(policy: Policy, optimizer, batches: Sequence[list[Stream]], loss: C
     """One step along the sum of loss(i, batches[i]) over the micro-batches of all processes. Returns this sum and the
     gradient's norm before clipping. Collective, with any number of batches, or none."""
     total = 0.0
-    optimizer.zero_grad(set_to_none=True)
     with gathered(policy):
         for i in range(max(everyones(len(batches)))):
             if i < len(batches):
@@ -1165,6 +1169,7 @@ def optimise(policy: Policy, optimizer, batches: Sequence[list[Stream]], loss: C
             add_gradients(policy, optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # now, as the rollouts need the memory
     return sum(everyones(total)), (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
@@ -1349,10 +1354,10 @@ def draw(count: int, size: int, step: int, seed: int) -> list[int]:
 # ======================================================================================================================
 # 10. The stages: distillation, SFT, RL, evaluation
 # ======================================================================================================================
-def rollouts_to_file(policy, problems, count, sampling, cfg, seed, path: Path, rows, reward) -> None:
-    """Roll out every problem `count` times and append rows(rollout) to `path` (JSONL), each with reward(row), then the
-    problem's line {id, solved, n} to stats.NAME beside it. After a kill it goes on with the problems that have no such
-    line, and drops their rows. Collective: the first process writes, and grades, so that one asks the judge."""
+def rollouts_to_file(policy, problems, count, sampling, cfg, seed, path: Path, rows) -> None:
+    """Roll out every problem `count` times and append rows(rollout) to `path` (JSONL), then the problem's line {id,
+    solved, n} to stats.NAME beside it. After a kill it goes on with the problems that have no such line, and drops
+    their rows. Collective: the first process writes."""
     stats = path.with_name(f"stats.{path.name}")
     done = set()
     if is_first():
@@ -1367,7 +1372,6 @@ def rollouts_to_file(policy, problems, count, sampling, cfg, seed, path: Path, r
             groups = rollout_groups(policy, todo, count, sampling, cfg, seed)
             found = collect([(g[0].problem.id, [row for rollout in g for row in rows(rollout)]) for g in groups])
             for name, lines in found if is_first() else ():
-                lines = [row | {"reward": reward(row)} for row in lines]
                 append_lines(path, lines)
                 solved = sum(row["reward"] == 1 for row in lines)
                 append_lines(stats, [{"id": name, "solved": solved, "n": count}])
@@ -1380,16 +1384,20 @@ def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path)
 
     def rows(r: Rollout) -> list[dict]:
         row = {"id": r.problem.id, "reward": r.reward, "used_tool": r.used_tool, "ids": r.ids, "mask": r.mask}
-        return [row | {"messages": to_messages(policy, r, path.parent)}] if r.reward == 1 else []
+        said = policy.tokenizer.decode([i for i, m in zip(r.ids, r.mask) if m])
+        if r.reward != 1 or any(tag in said for tag in FORBIDDEN):  # spelled in pieces, it could not be read again
+            return []
+        return [row | {"messages": to_messages(policy, r, path.parent)}]
 
-    seed = cfg.seed, 1 << 31
-    rollouts_to_file(policy, problems, cfg.distil_rollouts, sampling, cfg, seed, path, rows, lambda row: 1.0)
+    rollouts_to_file(policy, problems, cfg.distil_rollouts, sampling, cfg, (cfg.seed, 1 << 31), path, rows)
 
 
 def balance(path: Path, seed: int) -> Path:
     """Write as many of the trajectories with a tool as without, drawn with the seed, to NAME.balanced.jsonl."""
     used = [row["used_tool"] for row in read_lines(path)]
-    fewer = min(used.count(True), used.count(False))
+    if not (fewer := min(used.count(True), used.count(False))):
+        print(f"of {len(used)} trajectories {used.count(True)} use a tool: there is nothing to balance")
+        return path
     rng = np.random.default_rng(seed)
     kept = {i for kind in (True, False) for i in rng.permutation([i for i, u in enumerate(used) if u is kind])[:fewer]}
     target = path.with_suffix(".balanced.jsonl")
@@ -1430,7 +1438,10 @@ class TrajectoryFile(Sequence):
         self.path, self.policy, self.places, place, number = path, policy, [], 0, 0
         for number, row in enumerate(read_lines(path), 1):
             try:
-                data.read_trajectory(row, path.parent)
+                _, turns = data.read_trajectory(row, path.parent)
+                said = "".join(turn for turn in turns if isinstance(turn, str))
+                if tags := [tag for tag in FORBIDDEN if tag in said]:
+                    raise ValueError(f"the assistant says {tags[0]}")
             except (LookupError, TypeError, AttributeError, ValueError) as error:
                 what = f"lacks {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{path}: trajectory {number} is not in the message format: {what}") from error
@@ -1459,7 +1470,11 @@ def leave_out_solved(problems: Sequence[Problem], files: str) -> list[Problem]:
     never solved."""
     paths = [Path(part.strip()) for part in files.split(",")]
     rows = [(k, row) for k, path in enumerate(paths) for row in read_lines(path)]
-    if len(paths) > 2 or not all(isinstance(row, dict) and row.keys() >= {"id", "solved", "n"} for _, row in rows):
+    if (
+        not rows
+        or len(paths) > 2
+        or not all(isinstance(row, dict) and row.keys() >= {"id", "solved", "n"} for _, row in rows)
+    ):
         raise ValueError(f"--keep_unsolved {files}: give one or two stats files, with rows of id, solved and n")
     dropped = {row["id"] for k, row in rows if row["solved"] == (row["n"] if k == 0 else 0)}
     kept = [problem for problem in problems if problem.id not in dropped]
@@ -1511,7 +1526,7 @@ def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, c
     optimizer = make_optimizer(policy, cfg.lr, cfg)
     start = run.restore("rl", policy, optimizer)
     for step in run.progress(cfg.algo.upper(), start, cfg.steps):
-        if cfg.eval_every and step % cfg.eval_every == 0:
+        if cfg.eval_every and held_out and step % cfg.eval_every == 0:
             with tempfile.TemporaryDirectory() as folder:
                 parts = evaluate(policy, held_out, cfg, Path(folder) / "rollouts.jsonl")
             run.log({"stage": "eval", "step": step} | parts["all"])
@@ -1530,6 +1545,7 @@ def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, c
         metrics |= {"update_seconds": time.time() - rolled_out, "tokens_per_second": sampled / (rolled_out - began)}
         if cfg.show_every and step % cfg.show_every == 0:
             run.show(step + 1, batch, policy)
+        del batch
         run.log(metrics)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             run.checkpoint("rl", step + 1, policy, optimizer)
@@ -1588,24 +1604,29 @@ PAPER = {  # Pass@1 and Pass@4, the mean of the nine sets
 
 
 def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path) -> dict[str, dict]:
-    """Dump every rollout to `path`, from where a killed evaluation goes on. Returns `evaluation_parts`. Collective."""
+    """Dump every rollout to `path`, from where a killed evaluation goes on, with its reward by the rules; then ask the
+    judge, if there is one. Returns `evaluation_parts`. Collective."""
     limits = cfg.eval_max_turns, cfg.eval_max_response_tokens
     sampling = Sampling(cfg.eval_temperature, cfg.eval_top_p, cfg.eval_top_k, cfg.eval_presence_penalty, *limits)
-    reward = partial(evaluation_reward, judge=make_judge(cfg, path) if is_first() else None)
 
     def rows(r: Rollout) -> list[dict]:
         row = {name: getattr(r.problem, name) for name in PROBLEM_FIELDS}
         row |= {"stop": r.stop, "calls": [asdict(call) for call in r.calls], "response": r.response}
-        row |= {"reward": r.reward, "prompt_len": r.prompt_len, "ids": r.ids, "mask": r.mask}
+        row |= {"reward": evaluation_reward(row), "prompt_len": r.prompt_len, "ids": r.ids, "mask": r.mask}
         text = policy.tokenizer.decode([i for i in r.ids[r.prompt_len :] if i != policy.image_id])
         return [row | {"response_length": len(r.ids) - r.prompt_len, "text": text}]
 
-    rollouts_to_file(policy, problems, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30), path, rows, reward)
-    return everyones(evaluation_parts(read_lines(path)) if is_first() else {})[0]
+    rollouts_to_file(policy, problems, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30), path, rows)
+    return everyones(evaluation_parts(graded(path, cfg)) if is_first() else {})[0]
 
 
-def make_judge(cfg: Config, path: Path) -> Judge | None:
-    return Judge(cfg.judge_url, cfg.judge_model, path.with_name("verdicts.jsonl")) if cfg.judge_url else None
+def graded(path: Path, cfg: Config) -> Iterator[dict]:
+    """The rows of a dump with their rewards as of now."""
+    judge = Judge(cfg.judge_url, cfg.judge_model, path.with_name("verdicts.jsonl")) if cfg.judge_url else None
+    with ThreadPoolExecutor(8) as pool:  # it may take its time; whatever it said once is kept
+        asked = (row for row in (read_lines(path) if judge else ()) if row["source"] in JUDGED)
+        list(pool.map(lambda row: evaluation_reward(row, judge), asked))
+    return (row | {"reward": evaluation_reward(row, judge)} for row in read_lines(path))
 
 
 def evaluation_reward(row: dict, judge: Judge | None = None) -> float:
@@ -1621,10 +1642,9 @@ def evaluation_reward(row: dict, judge: Judge | None = None) -> float:
 def regrade(cfg: Config) -> None:
     """Grade a dump again, without a model: the table goes to NAME.results.md and .json beside it."""
     path = Path(cfg.regrade)
-    judge = make_judge(cfg, path)
     try:
-        parts = evaluation_parts(row | {"reward": evaluation_reward(row, judge)} for row in read_lines(path))
-    except (KeyError, TypeError) as error:
+        parts = evaluation_parts(graded(path, cfg))
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no dump of an evaluation: a row lacks {error}") from error
     print(save_results({path.stem: parts}, path.with_suffix(".results.md"), cfg))
 
@@ -1640,6 +1660,12 @@ def evaluation_parts(rows: Iterable[dict]) -> dict[str, dict]:
         categories.setdefault(f"{row['source']}/{row['category']}", []).append(slim)
     if not sets:
         raise ValueError("there is nothing to evaluate: the dump holds no rollout")
+    counts = Counter(row["id"] for part in sets.values() for row in part)
+    if unfinished := {name for name, count in counts.items() if count < max(counts.values())}:
+        print(f"{len(unfinished)} problems do not have all their rollouts and are left out")
+        for part in (*sets.values(), *categories.values()):
+            part[:] = [row for row in part if row["id"] not in unfinished]
+        sets, categories = ({k: part for k, part in parts.items() if part} for parts in (sets, categories))
     parts = {"all": evaluation_metrics(list(sets.values()))}
     several = sets if len(sets) > 1 else {}
     return parts | {
@@ -1731,7 +1757,8 @@ class Run:
 
     # What may differ when a run goes on: it changes nothing, or nothing but rounding.
     FREE = {"stage", "output_dir", "name", "save_every", "show_every", "log_with", "threads", "max_rows",
-            "tool_threads", "micro_batch_tokens", "tool_cache", "gradient_checkpointing"}  # fmt: skip
+            "tool_threads", "micro_batch_tokens", "tool_cache", "gradient_checkpointing",
+            "judge_url"}  # fmt: skip
 
     def __init__(self, folder: Path, cfg: Config, accelerator):
         self.cfg, self.accelerator, self.folder, self.bar = cfg, accelerator, folder, None
@@ -1742,11 +1769,13 @@ class Run:
         path = folder / "config.json"
         if path.exists():
             before = json.loads(path.read_text())
+            of_stage = {"data", "trajectories", "keep_unsolved"} if before["stage"] != cfg.stage else set()
             for key, value in asdict(cfg).items():
-                if key not in self.FREE and before.get(key, value) != value:
+                if key not in self.FREE | of_stage and before.get(key, value) != value:
                     was = f"{folder} was begun with --{key} {before[key]!r}, not {value!r}"
                     raise ValueError(f"{was}: give another --name, or delete the folder")
         write(path, json.dumps(asdict(cfg), indent=1))
+        (folder / "metrics.jsonl").touch()
         for stage in ("sft", "rl"):  # left by a kill just after the stage's end
             if self.final(stage).exists():
                 self.drop_steps(stage)
@@ -1815,15 +1844,17 @@ class Run:
             with torch.no_grad():
                 for parameter, value in zip(policy.model.parameters(), saved.model.parameters(), strict=True):
                     parameter.copy_(value)
-            # Mapped, not read: each process takes its shards alone.
             state = torch.load(kept[-1] / "trainer.pt", map_location="cpu", mmap=True)
-            whole = state_dict.StateDictOptions(full_state_dict=True)
+            whole = state_dict.StateDictOptions(full_state_dict=True, strict=False)
             state_dict.set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=whole)
+            for name, weight in policy.model.named_parameters():  # one that never had a gradient has no moments
+                if name not in state["optimizer"]["state"]:
+                    optimizer.state.pop(weight, None)
             step = state["step"]
             print(f"going on with {stage} after step {step}, from {kept[-1]}")
         if is_first():
-            if kept and (self.folder / "rollouts.txt").exists():
-                os.truncate(self.folder / "rollouts.txt", state["shown"])
+            if stage == "rl" and (self.folder / "rollouts.txt").exists():
+                os.truncate(self.folder / "rollouts.txt", state["shown"] if kept else 0)
             last = {stage: step} | ({"eval": step - 1} if stage == "rl" else {})
             keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= last.get(row["stage"], row["step"]))
         return step
@@ -2233,6 +2264,8 @@ def print_plan(cfg: Config) -> None:
 
     try:
         config = data.toy_model()[0].config if cfg.model == "toy" else AutoConfig.from_pretrained(cfg.model)
+        if config.model_type != "qwen3_vl":
+            raise ValueError(f"it is a {config.model_type}, not a (dense) Qwen3-VL model")
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read --model {cfg.model}: {str(error).splitlines()[0]}") from error
     sizes = cfg.plan_prompt_tokens, cfg.max_response_tokens, cfg.micro_batch_tokens, cfg.rollouts_per_question
@@ -2316,7 +2349,7 @@ def main(cfg: Config) -> None:
     set_seed(cfg.seed)
     problems = held_out = []
     with accelerator.main_process_first():  # the others find in the caches what the first downloaded
-        if cfg.stage != "distil":
+        if cfg.stage != "distil" and cfg.eval_data != "none":
             held_out = data.load(cfg.eval_data, cfg.eval_limit or None, cfg.seed)
         if cfg.stage in ("all", "rl", "distil"):
             problems = data.load(cfg.data, None, cfg.seed)
@@ -2329,7 +2362,10 @@ def main(cfg: Config) -> None:
 
     # A later stage of a run goes on from what its earlier one left.
     loaded = "sft" if cfg.stage in ("all", "rl") and exists(folder / "sft") else ""
-    policy = load_policy(str(folder / loaded) if loaded else cfg.model, cfg)
+    if cfg.stage == "rl" and not loaded and any(folder.glob("sft.step-*")):
+        raise ValueError(f"SFT of {folder} is not finished: finish it with --stage sft, or give RL another --name")
+    trained = cfg.stage not in ("distil", "eval")
+    policy = load_policy(str(folder / loaded) if loaded else cfg.model, cfg, trained)
     run = Run(folder, cfg, accelerator)  # from here on, and not before, the folder is this run's
     print(f"run: {folder}")
     if tracker:
@@ -2341,12 +2377,14 @@ def main(cfg: Config) -> None:
     def assess(stage: str, title: str) -> None:
         """Evaluate the checkpoint that a stage left, once."""
         nonlocal policy, loaded
+        if not held_out:
+            return
         path = run.final(stage) / "results.json"
         if exists(path):
             results[title] = json.loads(path.read_text())
             return
         if loaded != stage:
-            policy, loaded = load_policy(str(run.final(stage)), cfg), stage
+            policy, loaded = load_policy(str(run.final(stage)), cfg, trained=False), stage
         results[title] = evaluate(policy, held_out, cfg, run.final(stage) / "rollouts.jsonl")
         if is_first():
             write(path, json.dumps(results[title]))
@@ -2378,7 +2416,7 @@ def main(cfg: Config) -> None:
             loaded = "rl"
         finished = exists(run.final("rl") / "results.json")
         assess("rl", cfg.algo)
-        if not finished:
+        if not finished and held_out:
             run.log({"stage": "eval", "step": cfg.steps} | results[cfg.algo]["all"])
         run.draw_curves()
     if cfg.stage == "eval":

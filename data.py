@@ -361,7 +361,10 @@ def _json_rows(name: str, path: Path) -> list[dict]:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
             raise DataError(f"{name}: line {number} of {path.name} is no JSON: {error}.") from error
-    return rows[0] if path.suffix == ".json" else rows
+    rows = rows[0] if path.suffix == ".json" else rows
+    if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
+        raise DataError(f"{name}: row {wrong[0]} of {path.name} is no object with named fields.")
+    return rows
 
 
 def _leaves(value: object) -> list[object]:
@@ -496,14 +499,10 @@ def toy_fairs() -> dict[tuple[int, int], str]:
 
 def toy_corpus(path: Path) -> Path:
     """Write the search corpus (JSONL of title, url, text) and return its path."""
-    rows = [
-        {
-            "title": f"{HOSTS[h]} fair {y}",
-            "url": f"https://fairs.example/{HOSTS[h].lower()}/{y}",
-            "text": f"Held in {town}.",
-        }
-        for (h, y), town in toy_fairs().items()
-    ]
+    rows = []
+    for (host, year), town in toy_fairs().items():
+        url = f"https://fairs.example/{HOSTS[host].lower()}/{year}"
+        rows.append({"title": f"{HOSTS[host]} fair {year}", "url": url, "text": f"Held in {town}."})
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if not path.exists() or path.read_text() != text:  # a file that changes is indexed anew
@@ -653,15 +652,8 @@ CHAT_TEMPLATE = r"""
 {%- endfor -%}
 {{- '<|im_end|>\n<|im_start|>assistant\n<think>\n' -}}
 """
-CONTROL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                  "<|video_pad|>")  # fmt: skip
 TAG_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
 
@@ -671,40 +663,23 @@ def toy_tokenizer():
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [
-        *RESIDENTS,
-        *NEWCOMERS,
-        *COLOURS,
-        *HOSTS,
-        *TOWNS,
-        *SEASONS,
-        "ten",
-        *(tool["function"]["name"] for tool in SCHEMAS),
-    ]
+    words = [*RESIDENTS, *NEWCOMERS, *COLOURS, *HOSTS, *TOWNS, *SEASONS, "ten"]
+    words += [tool["function"]["name"] for tool in SCHEMAS]
     splits = pre_tokenizers.Split(Regex(rf"\b(?:{'|'.join(words)})\b|\d|\n+"), "isolated")
     before = pre_tokenizers.Sequence([splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     problems = [problem for split in ("sft", "train", "test") for problem in toy_problems(split, 60)]
-    texts = [
-        SYSTEM_PROMPT,
-        *re.findall("'([^']*)'", CHAT_TEMPLATE),
-        *map(json.dumps, SCHEMAS),
-        *(p.question for p in problems),
-        *words,
-    ]
+    texts = [SYSTEM_PROMPT, *re.findall("'([^']*)'", CHAT_TEMPLATE), *map(json.dumps, SCHEMAS), *words]
+    texts += [problem.question for problem in problems]
     texts += [TOOL_TURN % toy_call(problem, candidate) for problem in problems for candidate in range(4)]
     texts += [ANSWER_TURN % (how, word, word) for how in ("It says", "It may be") for word in (*COLOURS, *TOWNS, "1")]
-    texts += [
-        f"1. {h} fair 1\nhttps://fairs.example/{h.lower()}/1\nHeld in\nImage 1: zoomed crop of image 0." for h in HOSTS
-    ]
+    found = "1. {} fair 1\nhttps://fairs.example/{}/1\nHeld in\nImage 1: zoomed crop of image 0."
+    texts += [found.format(host, host.lower()) for host in HOSTS]
     cut = "|".join(re.escape(token) for token in (*CONTROL_TOKENS, *TAG_TOKENS))
     parts = [part for text in texts for part in re.split(cut, text.replace("\\n", "\n"))]
     pieces = {piece for part in parts for piece, _ in before.pre_tokenize_str(part)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(
-        models.Unigram(
-            [*((c, -10.0) for c in alphabet), *((p, -1.0) for p in sorted(pieces - set(alphabet)))], unk_id=0
-        )
-    )
+    scores = [(c, -10.0) for c in alphabet] + [(p, -1.0) for p in sorted(pieces - set(alphabet))]
+    core = Tokenizer(models.Unigram(scores, unk_id=0))
     core.pre_tokenizer, core.decoder = before, decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAG_TOKENS])

@@ -2036,6 +2036,23 @@ def test_each_stage_runs_alone_from_a_checkpoint(whole_run, tmp_path, stage):
     assert "| all |" in done.stdout
 
 
+def test_a_run_that_never_saw_a_picture_goes_on(policy, trajectories, cfg, tmp_path):
+    text = [r for r in trajectories if not r.pictures][:4]
+    trained, again = fresh(policy), axpo.load_policy("toy", cfg)
+    optimizers = [axpo.make_optimizer(p, 1e-3, cfg) for p in (trained, again)]
+
+    def loss(i, batch):
+        return -axpo.stream_logps(trained, batch, 1.0)[0].sum()
+
+    axpo.optimise(trained, optimizers[0], [[Stream(r, r.prompt_len, len(r.ids), 1.0) for r in text]], loss, cfg)
+    run = axpo.Run(tmp_path / "run", cfg, None)
+    run.checkpoint("rl", 1, trained, optimizers[0])
+    assert run.restore("rl", again, optimizers[1]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(trained.model.parameters(), again.model.parameters(), strict=True))
+    seen = [[p in o.state for p in m.model.parameters()] for m, o in zip((trained, again), optimizers)]
+    assert seen[0] == seen[1] and any(seen[0]) and not all(seen[0])
+
+
 def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit(whole_run, tmp_path):
     arguments = command(tmp_path, "--name", "killed", "--steps", "2")
     for marker in ('"stage": "sft", "step": 1', '"stage": "rl", "step": 1'):
@@ -2163,10 +2180,6 @@ def test_distil_keeps_right_trajectories_as_messages_ids_and_mask_with_their_ima
     rows, stats = jsonl(folder / "trajectories.jsonl"), jsonl(folder / "stats.trajectories.jsonl")
     ids = [row["id"] for row in stats]
     assert ids[:6] == [f"mine/{k}" for k in range(6)] and len(set(ids)) == 12 and {row["n"] for row in stats} == {3}
-    balanced = jsonl(folder / "trajectories.balanced.jsonl")
-    assert [row for row in rows if row in balanced] == balanced
-    used = [row["used_tool"] for row in rows]
-    assert len(balanced) == 2 * min(used.count(True), used.count(False))
     assert sum(row["solved"] for row in stats) == len(rows) > 6 and not {r["id"] for r in rows} & {"mine/4", "mine/5"}
     read = axpo.TrajectoryFile(folder / "trajectories.jsonl", policy)
     for row, rollout in zip(rows, read):
@@ -2176,6 +2189,17 @@ def test_distil_keeps_right_trajectories_as_messages_ids_and_mask_with_their_ima
         assert sum(row["mask"]) > 0 and policy.end in ends
         for part in row["messages"][1]["content"]:
             assert part["type"] == "text" or data.open_image(folder / part["image"]).size == (448, 448)
+
+
+def test_balancing_keeps_as_many_trajectories_with_a_tool_as_without(tmp_path):
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text("".join(json.dumps({"id": str(k), "used_tool": k % 4 == 0}) + "\n" for k in range(12)))
+    kept = jsonl(axpo.balance(path, seed=1))
+    assert [row["used_tool"] for row in kept].count(True) == 3 == len(kept) - 3 and kept == sorted(
+        kept, key=lambda row: int(row["id"])
+    )
+    path.write_text('{"id": "0", "used_tool": false}\n')
+    assert axpo.balance(path, seed=1) == path
 
 
 def test_rl_leaves_out_what_the_student_always_and_the_teacher_never_solves(own_run):
@@ -2426,6 +2450,20 @@ def test_all_is_the_mean_of_the_sets_beside_the_papers_figure_and_undecided_sets
     assert "| mmsearch* | x |" in text and "for want of a judge" in text and "| vstar | x |" in text
     judged = replace(cfg, judge_url="http://x/v1", judge_model="m")
     assert "*" not in axpo.save_results({"x": parts}, tmp_path / "r.md", judged, billions=30) and "32B" in (tmp_path / "r.md").read_text()  # fmt: skip
+
+
+def test_what_is_unfinished_or_empty_is_said_and_not_counted(tmp_path, capsys):
+    rows = [outcome("vstar", k, 1.0) for k in (0, 0, 1)] + [outcome("fvqa", 0, 0.0)]
+    parts = axpo.evaluation_parts(rows)
+    assert parts["all"]["problems"] == 1 and "fvqa" not in parts and "pass@2" in parts["all"]
+    assert "2 problems do not have all their rollouts" in capsys.readouterr().out
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="give one or two stats files"):
+        axpo.leave_out_solved([problem("1")], str(tmp_path / "empty.jsonl"))
+    (tmp_path / "five.jsonl").write_text("5\n")
+    with pytest.raises(data.DataError, match="row 1 of five.jsonl is no object"):
+        data.load(str(tmp_path / "five.jsonl"))
+    assert axpo.Config(model="x", eval_data="none").eval_data == "none"
 
 
 def test_evaluation_allows_dynamaths_tolerance_and_asks_the_judge_where_rules_cannot_decide(endpoint, tmp_path):
