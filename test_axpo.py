@@ -2452,6 +2452,28 @@ def test_all_is_the_mean_of_the_sets_beside_the_papers_figure_and_undecided_sets
     assert "*" not in axpo.save_results({"x": parts}, tmp_path / "r.md", judged, billions=30) and "32B" in (tmp_path / "r.md").read_text()  # fmt: skip
 
 
+def test_regrading_asks_the_judge_once_and_keeps_what_it_said(endpoint, cfg, tmp_path):
+    told = [
+        {"response": response(text), "stop": "answer"} for text in ("the French capital", "Lyon", "the French capital")
+    ]
+    rows = [outcome("mmsearch", k, 0.0, **more) for k, more in enumerate(told)] + [outcome("vstar", 0, 0.0)]
+    path = tmp_path / "dump.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = replace(cfg, regrade=str(path), judge_url=endpoint, judge_model="m")
+    Replies.replies = ["yes"] * 9
+    axpo.regrade(judged)
+    asked = len(Replies.asked)
+    axpo.regrade(judged)
+    assert (
+        len(Replies.asked) == asked and 2 <= asked <= 3
+    )  # the same answer, asked at the same time, may be asked twice
+    found = json.loads((tmp_path / "dump.results.json").read_text())["dump"]
+    assert found["mmsearch"]["pass@1"] == 1 and found["vstar"]["pass@1"] == 1
+    axpo.regrade(replace(judged, judge_url="", judge_model=""))
+    found = json.loads((tmp_path / "dump.results.json").read_text())["dump"]
+    assert found["mmsearch"]["pass@1"] == 0 and "mmsearch*" in (tmp_path / "dump.results.md").read_text()
+
+
 def test_what_is_unfinished_or_empty_is_said_and_not_counted(tmp_path, capsys):
     rows = [outcome("vstar", k, 1.0) for k in (0, 0, 1)] + [outcome("fvqa", 0, 0.0)]
     parts = axpo.evaluation_parts(rows)
