@@ -1306,7 +1306,7 @@ def update(policy: Policy, reference, optimizer, streams: list[Stream], total: i
         with torch.no_grad(), gathered(reference):
             reference_logps = [stream_logps(reference, batch, cfg.temperature)[0] for batch in batches]
     old_logps: list[Tensor] = []
-    sums = dict.fromkeys(("ratio", "clip_fraction", "kl", "sampler_gap", "tokens", "loss"), 0.0)
+    sums = dict.fromkeys(("ratio", "clip_fraction", "kl", "sampler_gap", "tokens"), 0.0)
 
     def part(i: int, batch: list[Stream]) -> Tensor:
         logps, mask = stream_logps(policy, batch, cfg.temperature)
@@ -1316,19 +1316,21 @@ def update(policy: Policy, reference, optimizer, streams: list[Stream], total: i
         advantages = torch.tensor([s.advantage for s in batch], device=logps.device)
         loss, metrics = policy_loss(logps, old_logps[i], before, advantages, mask, cfg.eps_low, cfg.eps_high, cfg.beta)
         metrics |= {"sampler_gap": sampler_gap(batch, old_logps[i], mask), "tokens": 1.0}
+        tokens = mask.sum().item()
         for name, value in metrics.items():
-            sums[name] += value * mask.sum().item()
-        sums["loss"] += loss.sum().item() / total
+            sums[name] += value * tokens
         return loss.sum() / total  # Paper leaves this open: the mean per stream, their sum over B * N
 
+    losses = []
     for _ in range(cfg.epochs_per_batch):
-        _, norm = optimise(policy, optimizer, batches, part, cfg)
+        loss, norm = optimise(policy, optimizer, batches, part, cfg)
+        losses.append(loss)
     sums |= {"skipped": len(streams) - len(kept), "streams": len(streams)}
     sums = {name: sum(values) for name, *values in zip(sums, *(s.values() for s in everyones(sums)))}
-    loss, tokens = sums.pop("loss") / cfg.epochs_per_batch, max(sums.pop("tokens"), 1.0)
+    tokens = max(sums.pop("tokens"), 1.0)
     skipped = sums.pop("skipped") / max(sums.pop("streams"), 1)
     means = {name: value / tokens for name, value in sums.items()} | ({} if cfg.beta else {"kl": math.nan})
-    return means | {"loss": loss, "grad_norm": norm, "skipped": skipped}
+    return means | {"loss": mean(losses), "grad_norm": norm, "skipped": skipped}
 
 
 def sampler_gap(streams: Sequence[Stream], logps: Tensor, mask: Tensor) -> float:
@@ -1401,10 +1403,7 @@ def balance(path: Path, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     kept = {i for kind in (True, False) for i in rng.permutation([i for i, u in enumerate(used) if u is kind])[:fewer]}
     target = path.with_suffix(".balanced.jsonl")
-    draft = target.with_name(target.name + ".draft")
-    draft.unlink(missing_ok=True)
-    append_lines(draft, (row for i, row in enumerate(read_lines(path)) if i in kept))
-    os.replace(draft, target)
+    replace_lines(target, (row for i, row in enumerate(read_lines(path)) if i in kept))
     return target
 
 
@@ -1945,14 +1944,18 @@ def append_lines(path: Path, rows: Iterable[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def replace_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Write a JSONL file whole, or not at all; the rows may be read from its old self."""
+    draft = path.with_name(path.name + ".draft")
+    with open(draft, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(draft, path)
+
+
 def keep_lines(path: Path, wanted) -> None:
     """Rewrite a JSONL file, new if need be, with the wanted rows alone; it can be appended to afterwards."""
     path.touch()
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text("")
-    for row in filter(wanted, read_lines(path)):
-        append_lines(draft, [row])
-    os.replace(draft, path)
+    replace_lines(path, filter(wanted, read_lines(path)))
 
 
 def write(path: Path, text: str) -> None:
