@@ -2436,6 +2436,14 @@ def stop(message: str) -> None:
     sys.exit(f"axpo.py: {message}")
 
 
+def leave() -> None:
+    """End without taking the interpreter down: gloo's threads outlive their process group, which DTensor's caches keep,
+    and one that lets go of its last tensor too late aborts a process that was already done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     try:
         cfg = parse(sys.argv[1:])
@@ -2444,3 +2452,4 @@ if __name__ == "__main__":
         stop(str(error))
     except KeyboardInterrupt:
         stop("interrupted; the same command goes on from the last checkpoint")
+    leave()

@@ -2414,7 +2414,7 @@ def two_processes():
 def test_unequal_text_only_and_empty_processes_update_and_distil_as_one(shared, policy, monkeypatch):
     monkeypatch.chdir(shared)
     Path("script.py").write_text(
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_axpo; test_axpo.two_processes()"
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import axpo, test_axpo; test_axpo.two_processes(); axpo.leave()"
     )
     done = subprocess.run([*TORCHRUN, "script.py"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
