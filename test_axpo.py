@@ -2650,22 +2650,31 @@ def report(title, seconds, target=""):
 
 @pytest.fixture(scope="module")
 def bench_cfg(tmp_path_factory):
-    return axpo.parse(["--output_dir", str(tmp_path_factory.mktemp("bench")), "--sft_steps", "90", "--sft_batch", "48"])
+    return axpo.parse(
+        ["--output_dir", str(tmp_path_factory.mktemp("bench")), "--sft_steps", "200", "--sft_batch", "48"]
+    )
 
 
 @pytest.fixture(scope="module")
 def practised(bench_cfg):
-    """A policy that calls tools: AXPO_BENCH_MODEL, or the toy model after half a minute of SFT."""
+    """A policy that calls tools: AXPO_BENCH_MODEL, or the toy model after a minute of SFT, behind short and long prompts."""
     if path := os.environ.get("AXPO_BENCH_MODEL"):
         return axpo.load_policy(path, bench_cfg)
     from accelerate import Accelerator
 
     policy = axpo.load_policy("toy", bench_cfg)
-    rollouts = [axpo.to_rollout(policy, *trajectory) for trajectory in data.toy_trajectories(600, 0, bench_cfg)]
+    trajectories = data.toy_trajectories(1200, 0, bench_cfg)
+    rollouts = [axpo.to_rollout(policy, longer(p, 142 * (i % 3 == 0)), t) for i, (p, t) in enumerate(trajectories)]
     axpo.train_sft(
         policy, rollouts, bench_cfg, axpo.Run(Path(bench_cfg.output_dir) / "bench", bench_cfg, Accelerator())
     )
     return policy
+
+
+def longer(problem, words):
+    """The toy's prompts have 81 tokens, as its vocabulary holds whole sentences. 142 words make them 365, which is what
+    a plain question and the tools' schemas take in Qwen's."""
+    return replace(problem, question=" Mira" * words + problem.question)
 
 
 def rollouts_of(policy, problems, count, seed=0):
@@ -2732,19 +2741,12 @@ def race_generate(policy, rollouts, sampling, cfg, title, target, repeats):
 
 
 @bench
-def test_bench_rollouts_with_tools_against_generate(practised, bench_cfg):
-    rollouts = rollouts_of(practised, data.load("toy", 16), 8)
+@pytest.mark.parametrize("words", [0, 142])
+def test_bench_rollouts_with_tools_against_generate(practised, bench_cfg, words):
+    rollouts = rollouts_of(practised, [longer(problem, words) for problem in data.load("toy", 16)], 8)
     sampling = Sampling(1.0, max_response_tokens=bench_cfg.max_response_tokens)
-    race_generate(practised, rollouts, sampling, bench_cfg, "Rollouts with tools, toy", "3 x", 5)
-
-
-@bench
-def test_bench_rollouts_behind_a_long_prompt_against_generate(bench_cfg):
-    """The toy's prompts have 81 tokens, as its vocabulary holds whole sentences. Qwen's have 700 and more."""
-    policy = random_policy("toy")
-    problems = [replace(problem, question=problem.question + " Mira" * 300) for problem in data.load("toy", 8)]
-    sampling = Sampling(1.0, max_response_tokens=128)
-    race_generate(policy, rollouts_of(policy, problems, 8), sampling, bench_cfg, "681-token prompts, toy", "3 x", 3)
+    title = f"Rollouts with tools, toy, {rollouts[0].prompt_len}-token prompts"
+    race_generate(practised, rollouts, sampling, bench_cfg, title, "3 x", 5)
 
 
 @bench
@@ -2800,13 +2802,13 @@ def rl_step(policy, cfg, problems):
 
 
 @bench
-@pytest.mark.parametrize("turns, target", [(1, "2 x"), (3, "4 x")], ids=["without tools", "with tools"])
-def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, target):
+@pytest.mark.parametrize("turns, words, target", [(1, 0, "2 x"), (3, 0, "4 x"), (3, 142, "4 x")])
+def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, words, target):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    problems = [p for p in data.load("toy", 48) if not p.images][:16]
+    problems = [longer(p, words) for p in data.load("toy", 48) if not p.images][:16]
     ours = rl_step(practised, replace(bench_cfg, algo="grpo", max_turns=turns), problems)
     practised.save(tmp_path / "model")
     theirs = axpo.load_policy(
@@ -2892,7 +2894,12 @@ def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, targ
         ),
     )  # fmt: skip
     trainer.train()
-    report("GRPO step against TRL's GRPOTrainer", {name: s[1:] for name, s in seconds.items()}, target)
+    turns_and_prompts = f"{turns} turns at most, prompts of {len(theirs.prompt(problems[0]).ids)} tokens"
+    report(
+        f"GRPO step against TRL's GRPOTrainer, {turns_and_prompts}",
+        {name: s[1:] for name, s in seconds.items()},
+        target,
+    )
     print(f"  response tokens per step: axpo {np.mean(ours.tokens):.0f}, trl {np.mean(tokens):.0f}; ", end="")
     print(f"mean reward: axpo {np.mean(ours.rewards):.2f}, trl {np.mean(rewards):.2f}")
 
