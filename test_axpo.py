@@ -1105,8 +1105,9 @@ def test_sandbox_start_says_what_runs_and_stops_where_nothing_holds(tool_config,
     monkeypatch.setattr(tools, "LOCKS", ["rlimits", "landlok"])  # a lock that cannot be had
     with pytest.raises(ToolError, match="kernel does not let Python be contained"):
         tools.start(tool_config)
-    with Toolbox([], tool_config) as toolbox:
-        assert "it runs" not in tool_call(toolbox, code="print('it runs')").text
+    for unsafe in (False, True):
+        with Toolbox([], replace(tool_config, unsafe_python=unsafe)) as toolbox:
+            assert ("it runs" in tool_call(toolbox, code="print('it runs')").text) == unsafe
 
 
 # --- calls, zoom and search ------------------------------------------------------------------------------------------

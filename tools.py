@@ -684,11 +684,7 @@ def _show(picture: object, *_: object, **__: object) -> None:
 
 def _run_session(options: dict, channel: int, output: int, parent: int) -> None:
     """Locks this process down, then answers requests on descriptor 3 until it is killed."""
-    try:
-        _lock_down(options, channel, output, parent)
-    except (OSError, ValueError, KeyError) as problem:
-        os.write(1, f"this kernel does not let Python be contained: {problem}".encode())
-        return
+    _lock_down(options, channel, output, parent)
     _options.update(options)
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main._images, main._pil_images = [], []
@@ -789,11 +785,10 @@ def _lock_down(options: dict, channel: int, output: int, parent: int) -> None:
     output_bytes = 2**26 + 3 * options["images"] * options["side"] ** 2  # the text and the images of a call
     limits = {resource.RLIMIT_AS: options["memory"], resource.RLIMIT_CPU: 120, resource.RLIMIT_FSIZE: output_bytes}
     limits |= {resource.RLIMIT_NOFILE: 128, resource.RLIMIT_CORE: 0, resource.RLIMIT_MEMLOCK: 0}
-    limits |= {11: 256, 12: 0}  # RLIMIT_SIGPENDING (timers), RLIMIT_MSGQUEUE
-    capset = {"x86_64": 126, "aarch64": 91}[os.uname().machine]
+    limits |= {resource.RLIMIT_SIGPENDING: 256, resource.RLIMIT_MSGQUEUE: 0}  # the first are timers
     steps = {
         "rlimits": lambda: [resource.setrlimit(name, (value, value)) for name, value in limits.items()],
-        "capabilities": lambda: _call("syscall", capset, struct.pack("<Ii", 0x20080522, 0), bytes(24)),
+        "capabilities": lambda: _call("capset", struct.pack("<Ii", 0x20080522, 0), bytes(24)),
         "landlock": lambda: _landlock(options["folder"], work),
         "seccomp": _seccomp,
     }
@@ -804,9 +799,10 @@ def _lock_down(options: dict, channel: int, output: int, parent: int) -> None:
     for name in options["locks"]:
         try:
             steps[name]()
-        except OSError as error:
+        except (OSError, ValueError, KeyError) as problem:  # a limit above the user's own; an architecture not listed
             if not options["unsafe"]:
-                raise OSError(f"{name}: {error.strerror}") from None
+                os.write(1, f"this kernel does not let Python be contained: {name}: {problem}".encode())
+                os._exit(1)
 
 
 def _landlock(folder: str, work: str) -> None:
