@@ -95,6 +95,9 @@ class ToolConfig:
     tool_cache: str = _option("~/.cache/axpo", "folder of the search index, of Tavily's answers and of a font cache")
 
 
+_Source = Image.Image | bytes | Path  # of an image: decoded, encoded or a file
+
+
 @dataclass(frozen=True)
 class Observation:
     text: str
@@ -109,7 +112,7 @@ class ToolError(ValueError):
 class Toolbox(AbstractContextManager):
     """The tools and images of one rollout. No process is started and no image decoded before a call needs it."""
 
-    def __init__(self, images: Sequence[Image.Image | bytes | Path], config: ToolConfig | None = None):
+    def __init__(self, images: Sequence[_Source], config: ToolConfig | None = None):
         self._session: _Session | None = None
         self._lock = threading.Lock()
         self.images, self.config = list(images), config or ToolConfig()
@@ -161,10 +164,9 @@ class Toolbox(AbstractContextManager):
         seconds = _number(arguments, "timeout", 1, longest, self.config.python_timeout)
         with _slots:  # so that a deadline measures the call and not the queue before it
             session = self._session = self._session or _Session(self.config)
+            looks = re.search("image|globals|vars|eval|exec|dir|glob", code)  # most code never looks at the images
             try:
-                if re.search("image|globals|vars|eval|exec|dir|glob", code):  # most code never looks at the images
-                    session.hand_over(self.images)
-                text, images, ok, dropped = session.run(code, seconds)
+                text, images, ok, dropped = session.run(code, seconds, self.images if looks else [])
             except _Dead as death:
                 text, self._session = session.output(), None
                 session.kill()
@@ -226,7 +228,7 @@ _decoded_images: dict[object, tuple] = {}  # source, image and the lock of its d
 _decoded_lock = threading.Lock()
 
 
-def _decoded(source: Image.Image | bytes | Path) -> Image.Image:
+def _decoded(source: _Source) -> Image.Image:
     """The full-resolution image. Rollouts of one question share it; the memory of all of them is bounded."""
     key = source if isinstance(source, Path) else id(source)  # the entry holds the source, so ids stay unique
     with _decoded_lock:
@@ -410,17 +412,17 @@ class _Zygote:
         _remove(self.base)
         raise ToolError(f"the python tool does not start ({reason or 'its process died'}).")
 
-    def fork(self, config: ToolConfig, channel: int, output: int) -> tuple[str, int, int]:
-        """Folder, process id and pidfd of a new session."""
+    def fork(self, config: ToolConfig) -> tuple[str, int, list[int]]:
+        """Folder and process id of a new session; its channel, the file of its output and its pidfd."""
         folder = tempfile.mkdtemp(dir=self.base)
         request = {"folder": folder, "locks": LOCKS, "unsafe": config.unsafe_python, "side": config.image_side}
         request |= {"images": config.observation_images, "memory": config.python_memory_mb * 2**20}
         with self._lock:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], [channel, output])
-            answer, pidfds, _, _ = socket.recv_fds(self._socket, 64, 1)
-        if not pidfds:
+            self._socket.send(json.dumps(request).encode())
+            answer, descriptors, _, _ = socket.recv_fds(self._socket, 64, 3)
+        if not descriptors:
             raise ConnectionError("the zygote is gone")
-        return folder, int(answer), pidfds[0]
+        return folder, int(answer), descriptors
 
 
 _zygotes: dict[int, _Zygote] = {}  # by process id: a fork of the trainer (a data loader's worker) needs its own
@@ -447,31 +449,28 @@ class _Session:
 
     def __init__(self, config: ToolConfig):
         self._config, self._owner = config, os.getpid()
-        self._handed, self._new = 0, []  # number of images that it has, paths that it was not told yet
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._handed = 0  # number of images that it has
+        self.folder, self.pid, (channel, self._output, self._pidfd) = _zygote(config).fork(config)
+        self._channel = socket.socket(fileno=channel)
         self._channel.settimeout(0.25)
-        self._output = os.memfd_create("output")
-        fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)
-        with theirs:
-            self.folder, self.pid, self._pidfd = _zygote(config).fork(config, theirs.fileno(), self._output)
 
-    def hand_over(self, images: list[Image.Image | bytes | Path]) -> None:
-        """Writes the images that the session does not have yet where it can only read, encoded ones as they are."""
-        for source in images[self._handed :]:
-            encoded = isinstance(source, (bytes, Path))
-            path = f"{self.folder}/image_{self._handed}.{_open(source).format.lower() if encoded else 'bmp'}"
-            if isinstance(source, Path):
-                shutil.copyfile(source, path)
-            elif encoded:
-                Path(path).write_bytes(source)
+    def _hand_over(self, images: Sequence[_Source]) -> list[str]:
+        """Writes the images that the session does not have yet where it can only read. Returns their paths."""
+        paths = []
+        for number, source in enumerate(images[self._handed :], self._handed):
+            if isinstance(source, Image.Image):
+                paths.append(f"{self.folder}/image_{number}.bmp")  # ten times as quick as PNG
+                source.convert("RGB").save(paths[-1])
             else:
-                source.convert("RGB").save(path)  # BMP is ten times as quick as PNG
-            self._handed += 1
-            self._new.append(path)
+                paths.append(f"{self.folder}/image_{number}.{_open(source).format.lower()}")
+                Path(paths[-1]).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+        self._handed += len(paths)
+        return paths
 
-    def run(self, code: str, seconds: float) -> tuple[str, list[Image.Image], bool, int]:
-        """Text, images, success and the number of images left out. Raises _Dead."""
-        request = {"id": secrets.token_hex(8), "code": code, "seconds": seconds, "images": self._new}
+    def run(self, code: str, seconds: float, images: Sequence[_Source]) -> tuple[str, list[Image.Image], bool, int]:
+        """Text, images, success and the number of images left out. `images` are those that the code may look at; it has
+        those of earlier calls. Raises _Dead."""
+        request = {"id": secrets.token_hex(8), "code": code, "seconds": seconds, "images": self._hand_over(images)}
         side, most = self._config.image_side, self._config.observation_images
         try:
             os.ftruncate(self._output, 0)
@@ -481,20 +480,19 @@ class _Session:
             sizes = [(int(width), int(height)) for width, height in reply["sizes"]]
             if reply["id"] != request["id"] or len(sizes) > most or not all(0 < e <= side for s in sizes for e in s):
                 raise ValueError("forged")
-            images, end = [], int(reply["text"])
+            shown, end = [], int(reply["text"])
             text = self.output(end)
             for size in sizes:
                 pixels = os.pread(self._output, 3 * size[0] * size[1], end)
-                images.append(Image.frombytes("RGB", size, pixels))
+                shown.append(_fit(Image.frombytes("RGB", size, pixels), side))
                 end += len(pixels)
             ok, timeout, dropped = reply["ok"] is True, reply["timeout"] is True, int(reply["dropped"])
             self._check()
             signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)  # threads that the code left behind burn nothing
         except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
             raise _Dead("The python process died.") from None
-        self._new = []
         text += f"\nTimeout: stopped after {seconds:g} s; variables are kept." if timeout else ""
-        return text.lstrip("\n"), [_fit(image, side) for image in images], ok, dropped
+        return text.lstrip("\n"), shown, ok, dropped
 
     def _reply(self, seconds: float) -> dict:
         deadline = time.monotonic() + seconds + _GRACE
@@ -579,7 +577,7 @@ def start(config: ToolConfig) -> str:
         raise ToolError(f"--tool_cache {cache} cannot be written.")
     session = _Session(config)
     try:
-        found = session.run(_PROBE.replace("PID", str(os.getpid())), 60)[0].replace("\n", ", ")
+        found = session.run(_PROBE.replace("PID", str(os.getpid())), 60, [])[0].replace("\n", ", ")
     except _Dead as death:
         found = session.output() or str(death)
     session.kill()
@@ -610,20 +608,23 @@ def _run_zygote(base: str) -> None:
             while children and (dead := os.waitpid(-1, os.WNOHANG)[0]):
                 children.discard(dead)
             try:
-                message, descriptors, _, _ = socket.recv_fds(trainer, 65536, 2)
+                message = trainer.recv(65536)
             except TimeoutError:
                 continue
             if not message:
                 break
+            channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            output = os.memfd_create("output")
+            fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)
             pid = os.fork()
             if pid == 0:
                 try:
-                    _run_session(json.loads(message), *descriptors, os.getppid())
+                    _run_session(json.loads(message), theirs.fileno(), output, os.getppid())
                 finally:
                     os._exit(1)
             children.add(pid)
-            descriptors.append(os.pidfd_open(pid))
-            socket.send_fds(trainer, [str(pid).encode()], descriptors[2:])
+            descriptors = [channel.detach(), output, os.pidfd_open(pid), theirs.detach()]
+            socket.send_fds(trainer, [str(pid).encode()], descriptors[:3])
             for descriptor in descriptors:
                 os.close(descriptor)
     finally:
