@@ -399,7 +399,7 @@ class _Zygote:
         environment |= {name + "_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         fonts = os.path.expanduser(config.tool_cache + "/matplotlib")  # a list of fonts that takes seconds to make
         environment |= {"MPLBACKEND": "Agg", "MPLCONFIGDIR": fonts, "MALLOC_ARENA_MAX": "2", "TZ": "UTC"}
-        command = [sys.executable, "-I", "-B", os.path.abspath(__file__), self.base]
+        command = [sys.executable, "-I", "-B", "-X", "no_debug_ranges", os.path.abspath(__file__), self.base]
         pipes = {"stdin": theirs, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         with theirs:  # a session of its own: signals for the trainer's group pass it by, the closing socket ends it
             self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
@@ -432,10 +432,9 @@ _zygotes_lock = threading.Lock()
 def _zygote(config: ToolConfig) -> _Zygote:
     with _zygotes_lock:
         zygote = _zygotes.get(os.getpid())
-        if zygote and zygote.process.poll() is not None:  # the kernel may have killed it for want of memory
-            _remove(zygote.base)
-            zygote = None
-        if not zygote:
+        if zygote is None or zygote.process.poll() is not None:  # the kernel kills it first for want of memory
+            if zygote:
+                _remove(zygote.base)
             zygote = _zygotes[os.getpid()] = _Zygote(config)
         return zygote
 
@@ -703,7 +702,7 @@ def _run_session(options: dict, channel: int, output: int, parent: int) -> None:
 
 
 def _execute(request: dict, names: dict, file: str) -> tuple[bool, bool]:
-    """Runs the code as a notebook runs a cell. Returns whether it went well and whether its time ran out."""
+    """Runs the code in its time. Returns whether it went well and whether its time ran out."""
     armed = True
 
     def alarm(*_: object) -> None:
@@ -713,49 +712,47 @@ def _execute(request: dict, names: dict, file: str) -> tuple[bool, bool]:
     # Made anew for each call: the one before may have closed or replaced it.
     stream = open(1, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     sys.stdout = sys.stderr = stream
-    linecache.cache[file] = (len(request["code"]), None, request["code"].splitlines(True), file)
     signal.signal(signal.SIGALRM, alarm)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     try:
         signal.setitimer(signal.ITIMER_REAL, request["seconds"], 0.2)  # again and again: code can swallow the first
-        try:
-            _run_cell(request, names, file)
-            return True, False
-        except _Timeout:
-            raise
-        except SystemExit as stop:
-            return not stop.code, False
-        except BaseException as problem:  # noqa: BLE001
-            trace = problem.__traceback__
-            while trace and trace.tb_frame.f_code.co_filename != file:
-                trace = trace.tb_next  # our own frames
-            lines = "".join(traceback.format_exception(type(problem), problem, trace))
-            with suppress(OSError):
-                os.ftruncate(1, min(os.fstat(1).st_size, 2**25))  # the output may be full: room for the traceback
-                sys.stderr.write(lines if isinstance(problem, SyntaxError) else re.sub(r"(?m)^ +[~^]+\n", "", lines))
-            return False, False
-        finally:
-            armed = False
+        return _run_cell(request, names, file), False
     except _Timeout:
         return False, True
     finally:
-        armed = False
+        armed = False  # first: an alarm here would end the session
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _run_cell(request: dict, names: dict, file: str) -> None:
-    for path in request["images"]:
-        image = Image.open(path)  # decoded when the code looks at it
-        names.setdefault("_images", []).append(path)
-        names.setdefault("_pil_images", []).append(image if image.mode == "RGB" else image.convert("RGB"))
-    tree = ast.parse(request["code"], file)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, file, "exec"), names)  # noqa: S102
-    value = eval(compile(ast.Expression(last.value), file, "eval"), names) if last else None
-    if isinstance(value, Image.Image):
-        _show(value)
-    elif value is not None:
-        print(repr(value))
+def _run_cell(request: dict, names: dict, file: str) -> bool:
+    """As a notebook does: shows the value of a last expression, or a traceback. Returns whether it went well."""
+    linecache.cache[file] = (len(request["code"]), None, request["code"].splitlines(True), file)
+    try:
+        for path in request["images"]:
+            image = Image.open(path)  # decoded when the code looks at it
+            names.setdefault("_images", []).append(path)
+            names.setdefault("_pil_images", []).append(image if image.mode == "RGB" else image.convert("RGB"))
+        tree = ast.parse(request["code"], file)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, file, "exec"), names)  # noqa: S102
+        value = eval(compile(ast.Expression(last.value), file, "eval"), names) if last else None
+        if isinstance(value, Image.Image):
+            _show(value)
+        elif value is not None:
+            print(repr(value))
+        return True
+    except _Timeout:
+        raise
+    except SystemExit as stop:
+        return not stop.code
+    except BaseException as problem:  # noqa: BLE001
+        trace = problem.__traceback__
+        while trace and trace.tb_frame.f_code.co_filename != file:
+            trace = trace.tb_next  # our own frames
+        with suppress(OSError):
+            os.ftruncate(1, min(os.fstat(1).st_size, 2**25))  # the output may be full: room for the traceback
+            traceback.print_exception(type(problem), problem, trace)
+        return False
 
 
 # --- python: the locks -----------------------------------------------------------------------------------------------
