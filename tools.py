@@ -52,10 +52,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-import numpy
-from PIL import (
-    Image,  # numpy and this are all that the zygote, which runs this file too, may import here
-)
+import numpy  # this and PIL are all that the zygote, which runs this file too, may import here
+from PIL import Image
 
 # fmt: off
 SCHEMAS = [  # in the OpenAI format, and short, because they stand in every prompt
@@ -148,20 +146,18 @@ class Toolbox(AbstractContextManager):
         """The method and the arguments, those that are null left out."""
         try:
             call = json.loads(text)
-            name, arguments = (
-                call["name"],
-                {key: value for key, value in call["arguments"].items() if value is not None},
-            )
+            name = call["name"]
+            arguments = {key: value for key, value in call["arguments"].items() if value is not None}
         except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
             raise ToolError('the call is not JSON of the form {"name": ..., "arguments": {...}}.') from None
         tools = {"python": self._python, "image_zoom_in": self._zoom, "tavily-search": self._search}
-        if not isinstance(name, str) or name not in tools:
+        if name not in list(tools):  # a list: what stands there may have no hash
             raise ToolError(f"there is no such tool; the tools are {', '.join(tools)}.")
         return tools[name], arguments
 
     def _python(self, arguments: dict) -> tuple[str, list[Image.Image], bool]:
-        code, longest = _string(arguments, "code"), self.config.python_max_timeout
-        seconds = _number(arguments, "timeout", 1, longest, self.config.python_timeout)
+        code, timeout = _string(arguments, "code"), arguments.get("timeout", self.config.python_timeout)
+        seconds = _number(timeout, "timeout", 1, self.config.python_max_timeout)
         with _slots:  # so that a deadline measures the call and not the queue before it
             session = self._session = self._session or _Session(self.config)
             looks = re.search("image|globals|vars|eval|exec|dir|glob", code)  # most code never looks at the images
@@ -179,10 +175,10 @@ class Toolbox(AbstractContextManager):
         box = arguments.get("bbox_2d")
         if not isinstance(box, list) or len(box) != 4:
             raise ToolError("bbox_2d must be [x1, y1, x2, y2].")
-        x1, y1, x2, y2 = (_number({"an edge of bbox_2d": edge}, "an edge of bbox_2d", 0, 1000) for edge in box)
+        x1, y1, x2, y2 = (_number(edge, "an edge of bbox_2d", 0, 1000) for edge in box)
         if x1 >= x2 or y1 >= y2:
             raise ToolError("bbox_2d must have x1 < x2 and y1 < y2, within 0-1000.")
-        index = int(_number(arguments, "img_idx", -1, len(self.images), 0))
+        index = int(_number(arguments.get("img_idx", 0), "img_idx", -1, len(self.images)))
         if not 0 <= index < len(self.images):
             raise ToolError(f"img_idx must be below {len(self.images)}, the number of images.")
         image = _decoded(self.images[index])
@@ -195,8 +191,8 @@ class Toolbox(AbstractContextManager):
     def _search(self, arguments: dict) -> tuple[str, list[Image.Image], bool]:
         query = " ".join(_string(arguments, "query").encode("utf-8", "replace").decode().split())[:400]
         engine = _search_corpus if self.config.search_corpus else _search_web
-        found = engine(self.config, query, int(_number(arguments, "max_results", 1, 10, 5)))
-        return _listed(found, self.config.observation_chars), [], True
+        count = int(_number(arguments.get("max_results", 5), "max_results", 1, 10))
+        return _listed(engine(self.config, query, count), self.config.observation_chars), [], True
 
 
 def _string(arguments: dict, name: str) -> str:
@@ -206,8 +202,7 @@ def _string(arguments: dict, name: str) -> str:
     return value
 
 
-def _number(arguments: dict, name: str, low: float, high: float, default: float | None = None) -> float:
-    value = arguments.get(name, default)
+def _number(value: object, name: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:  # noqa: PLR0124
         raise ToolError(f"{name} must be a number.")
     return max(low, min(high, value))
@@ -302,19 +297,16 @@ def _index(corpus: str, cache: str) -> str:
 
 
 def _build_index(source: Path, index: str) -> None:
-    with (
-        closing(sqlite3.connect(index)) as database,
-        database,
-        open(source, encoding="utf-8", errors="replace") as file,
-    ):
+    with closing(sqlite3.connect(index)) as database, open(source, encoding="utf-8", errors="replace") as lines:
         database.execute("CREATE VIRTUAL TABLE docs USING fts5(title, url UNINDEXED, text, tokenize='porter')")
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 values = [str(row.get(name) or "") for name in ("title", "url", "text")]
             except (ValueError, AttributeError, RecursionError):
                 raise ToolError(f"line {number} of {source} is not a JSON object.") from None
             database.execute("INSERT INTO docs VALUES (?, ?, ?)", values)
+        database.commit()
 
 
 def _query(config: ToolConfig, sql: str, *arguments: object) -> list[Sequence]:
