@@ -32,7 +32,6 @@ import random
 import re
 import resource
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -50,6 +49,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy  # this and PIL are all that the zygote, which runs this file too, may import here
@@ -521,9 +521,7 @@ class _Session:
             return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        poll.poll(2000)
+        wait([self._pidfd], 2)
         self._channel.close()
         os.close(self._pidfd)
         os.close(self._output)
@@ -762,7 +760,6 @@ def _call(name: str, *arguments: int | bytes) -> int:
 
 def _lock_down(options: dict, channel: int, output: int, parent: int) -> None:
     """Everything between fork and the first line of the model's code."""
-    channel, output = (fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (channel, output))
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2), (channel, 3)):
         os.dup2(source, target)
     os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -854,9 +851,9 @@ def _seccomp() -> None:
 
     between(463, 0xFFFFFFFF, missing)  # calls newer than this list, and all of x32
     for verdict, table in ((deny, _DENIED), (pretend, [_PRETENDED]), (missing, [_MISSING])):
-        for numbers in (row[column].split() for row in table):
-            for low, _, high in (number.partition("-") for number in numbers):
-                between(int(low), int(high or low), verdict)
+        for numbers in " ".join(row[column] for row in table).split():
+            first, _, last = numbers.partition("-")
+            between(int(first), int(last or first), verdict)
     own = os.getpid()
     only((62, 129)[column], 0, [own])  # kill
     only((234, 131)[column], 0, [own])  # tgkill
