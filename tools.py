@@ -608,7 +608,7 @@ def _run_zygote(base: str) -> None:
             pid = os.fork()
             if pid == 0:
                 try:
-                    _run_session(json.loads(message), theirs.fileno(), output, os.getppid())
+                    _run_session(json.loads(message), theirs.fileno(), output)
                 finally:
                     os._exit(1)
             children.add(pid)
@@ -672,9 +672,9 @@ def _show(picture: object, *_: object, **__: object) -> None:
     _shown.append(picture)
 
 
-def _run_session(options: dict, channel: int, output: int, parent: int) -> None:
+def _run_session(options: dict, channel: int, output: int) -> None:
     """Locks this process down, then answers requests on descriptor 3 until it is killed."""
-    _lock_down(options, channel, output, parent)
+    _lock_down(options, channel, output)
     _options.update(options)
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main._images, main._pil_images = [], []
@@ -758,7 +758,7 @@ def _call(name: str, *arguments: int | bytes) -> int:
     return result
 
 
-def _lock_down(options: dict, channel: int, output: int, parent: int) -> None:
+def _lock_down(options: dict, channel: int, output: int) -> None:
     """Everything between fork and the first line of the model's code."""
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2), (channel, 3)):
         os.dup2(source, target)
@@ -780,7 +780,7 @@ def _lock_down(options: dict, channel: int, output: int, parent: int) -> None:
         "seccomp": _seccomp,
     }
     _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: no session outlives the zygote
-    if os.getppid() != parent:
+    if os.getppid() != os.getsid(0):  # the zygote leads the POSIX session: it died before this was set
         os._exit(1)
     _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     for name in options["locks"]:
