@@ -590,17 +590,14 @@ def _run_zygote(base: str) -> None:
     trainer, parent, children = socket.socket(fileno=0), os.getppid(), set()
     _preload()
     trainer.send(b"ready")
-    trainer.settimeout(0.5)
     try:
         # A fork of the trainer may hold the socket open, so its end is not the only sign that the trainer is gone.
         while os.getppid() == parent:
             while children and (dead := os.waitpid(-1, os.WNOHANG)[0]):
                 children.discard(dead)
-            try:
-                message = trainer.recv(65536)
-            except TimeoutError:
+            if not wait([trainer], 0.5):
                 continue
-            if not message:
+            if not (message := trainer.recv(65536)):
                 break
             channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             output = os.memfd_create("output")
