@@ -1230,7 +1230,12 @@ def test_tool_index_is_built_once_and_again_when_the_corpus_changed(tool_corpus,
     with ThreadPoolExecutor(8) as pool:
         assert len({seen.text for seen in pool.map(lambda _: tool_search(tool_corpus, "ann boats"), range(200))}) == 1
     assert len(builds) == 1
-    for text, claim in (('{"title": "New"}\n', "1. New"), ('{"title": "x"}\nno json\n', "line 2 of")):
+    cases = [
+        ('{"title": "New"}\n', "1. New"),
+        ('{"title": "x"}\nno json\n', "line 2 of"),
+        ('{"text": "\\ud800"}', "line 1 of"),
+    ]
+    for text, claim in cases:
         Path(tool_corpus.search_corpus).write_text(text)
         tools._index.cache_clear()
         assert claim in tool_search(tool_corpus, "new").text

@@ -303,9 +303,9 @@ def _build_index(source: Path, index: str) -> None:
             try:
                 row = json.loads(line)
                 values = [str(row.get(name) or "") for name in ("title", "url", "text")]
+                database.execute("INSERT INTO docs VALUES (?, ?, ?)", values)
             except (ValueError, AttributeError, RecursionError):
-                raise ToolError(f"line {number} of {source} is not a JSON object.") from None
-            database.execute("INSERT INTO docs VALUES (?, ?, ?)", values)
+                raise ToolError(f"line {number} of {source} is not a JSON object of valid text.") from None
         database.commit()
 
 
