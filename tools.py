@@ -138,7 +138,7 @@ class Toolbox(AbstractContextManager):
                 self.images += images
         except ToolError as error:
             text = f"Error: {error}"
-        except Exception as error:  # noqa: BLE001 (a full disk, a broken picture: go on)
+        except Exception as error:  # a full disk, a broken picture: go on
             text = f"Error: the tool failed ({type(error).__name__})."
         return Observation(_clean(text, self.config.observation_chars), images, ok)
 
@@ -203,7 +203,7 @@ def _string(arguments: dict, name: str) -> str:
 
 
 def _number(value: object, name: str, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:  # noqa: PLR0124
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:  # NaN
         raise ToolError(f"{name} must be a number.")
     return max(low, min(high, value))
 
@@ -721,7 +721,7 @@ def _run_cell(request: dict, names: dict, file: str) -> bool:
             names.setdefault("_pil_images", []).append(image if image.mode == "RGB" else image.convert("RGB"))
         tree = ast.parse(request["code"], file)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, file, "exec"), names)  # noqa: S102
+        exec(compile(tree, file, "exec"), names)
         value = eval(compile(ast.Expression(last.value), file, "eval"), names) if last else None
         if isinstance(value, Image.Image):
             _show(value)
@@ -732,7 +732,7 @@ def _run_cell(request: dict, names: dict, file: str) -> bool:
         raise
     except SystemExit as stop:
         return not stop.code
-    except BaseException as problem:  # noqa: BLE001
+    except BaseException as problem:
         trace = problem.__traceback__
         while trace and trace.tb_frame.f_code.co_filename != file:
             trace = trace.tb_next  # our own frames
