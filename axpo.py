@@ -875,7 +875,7 @@ class Engine:
         for some in portions(leaders, [len(r.ids) for r in leaders], self.PREFILL_TOKENS):
             slots = list(range(len(self.prefixes), len(self.prefixes) + len(some)))
             columns = torch.arange(max(len(r.ids) for r in some), device=self.device)[None]
-            aimed = self.cache.aim("prefill", torch.tensor(slots, device=self.device), columns)
+            aimed = self.cache.aim("prefill", self.put(slots), columns)
             logits, positions = self.feed([(r, 0, 0) for r in some], CAUSAL, aimed)
             for r, *prefix in zip(some, slots, map(len, (r.ids for r in some)), positions, logits):
                 self.prefixes[self.key(r)] = Prefix(*prefix)
@@ -884,7 +884,7 @@ class Engine:
         """Bring the cache up to the last token of rows that have many new ones."""
         for some in portions(rows, [len(row.rollout.ids) - row.cached for row in rows], self.PREFILL_TOKENS):
             numbers = [[self.rows.index(row), row.prefix.slot, row.prefix.length, row.cached] for row in some]
-            slots, prefixes, lengths, starts = torch.tensor(numbers, device=self.device).T
+            slots, prefixes, lengths, starts = self.put(numbers).T
             longest = max(len(row.rollout.ids) - row.cached for row in some)
             queries = (starts - lengths)[:, None] + torch.arange(longest, device=self.device)
             seen = max(row.prefix.length for row in some), max(len(r.rollout.ids) - r.prefix.length for r in some)
@@ -941,9 +941,9 @@ class Engine:
             return
         count = len(self.rows)
         draws = [0.0 if row.waiting else row.rng.random() for row in self.rows]
-        uniforms = torch.tensor(draws, dtype=torch.float64, device=self.device)  # a float32 could round up to 1
+        uniforms = self.put(draws, torch.float64)  # a float32 could round up to 1
         ids, logps, entropies = sample(self.logits[:count], uniforms, self.sampling, self.seen[:count])
-        ready = torch.tensor([slot for slot, row in enumerate(self.rows) if not row.waiting], device=self.device)
+        ready = self.put([slot for slot, row in enumerate(self.rows) if not row.waiting])
         self.seen[ready, ids[ready]] = True
         drawn = torch.stack([ids.double(), logps.double(), entropies.double()]).T  # one wait for the device per step
         for row, (token, logp, entropy) in zip(self.rows, drawn.tolist(), strict=True):
@@ -1010,7 +1010,7 @@ class Engine:
         if self.captures:
             after = min(-(-after // self.GRAPH_WIDTH) * self.GRAPH_WIDTH, filler[1] + 1)
         numbers += [filler] * (len(layout[0]) - len(numbers))
-        inputs = torch.tensor(numbers, device=self.device).T, *layout
+        inputs = self.put(numbers).T, *layout
         (self.captured if self.captures else self.advance)(*inputs, after)
         for row in self.rows:
             if not row.waiting:
@@ -1032,7 +1032,12 @@ class Engine:
             for j, slot in enumerate(slots):
                 place[slot], lengths[slot] = p * n + j, self.rows[slot].prefix.length
         filled = [slots + [0] * (n - len(slots)) for slots in members]
-        return tuple(torch.tensor(x, device=self.device) for x in (lengths, place, filled))
+        return tuple(map(self.put, (lengths, place, filled)))
+
+    def put(self, numbers: list, dtype: torch.dtype = torch.long) -> Tensor:
+        """Numbers on the device, without waiting for what it computes."""
+        tensor = torch.tensor(numbers, dtype=dtype)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def advance(self, numbers: Tensor, lengths: Tensor, place: Tensor, members: Tensor, after: int) -> None:
         """self.logits after one more token per row; numbers (3, R): its id, column and M-RoPE position."""
