@@ -24,9 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
-import httpx2 as httpx
 import huggingface_hub
 import numpy as np
 import pyarrow.parquet
@@ -1910,7 +1910,7 @@ def test_transparent_pictures_are_put_on_white_and_broken_ones_named(tmp_path):
 ])  # fmt: skip
 def test_an_absent_or_refusing_hub_is_one_sentence(hub, monkeypatch, raised, message):
     def refuse(*args, **kwargs):
-        answer = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+        answer = SimpleNamespace(status_code=403, headers={}, request=None)
         raise getattr(huggingface_hub.errors, raised)("refused", response=answer)
 
     with pytest.raises(
