@@ -819,11 +819,9 @@ class Engine:
     def reserve(self, rollouts: Sequence[Rollout]) -> None:
         """Allocate the cache for as many rows as fit, each of full length, and the prefixes they can have."""
         grain = 8 if self.captures else 1  # tensor cores like multiples of 8
-        prefix, own = (
-            max(len(r.ids) for r in rollouts),
-            1 + max(r.prompt_len + self.sampling.max_response_tokens - len(r.ids) for r in rollouts),
-        )  # 1: for padding
-        prefix, own = -(-prefix // grain) * grain, -(-own // grain) * grain
+        prefix = max(len(r.ids) for r in rollouts)
+        own = 1 + max(r.prompt_len + self.sampling.max_response_tokens - len(r.ids) for r in rollouts)  # 1: for padding
+        prefix, own = (-(-length // grain) * grain for length in (prefix, own))
         distinct, vocabulary = len({self.key(r) for r in rollouts}), len(self.policy.bias)
         config = self.policy.model.config.text_config
         itemsize = self.policy.model.get_input_embeddings().weight.itemsize
@@ -877,8 +875,8 @@ class Engine:
             columns = torch.arange(max(len(r.ids) for r in some), device=self.device)[None]
             aimed = self.cache.aim("prefill", self.put(slots), columns)
             logits, positions = self.feed([(r, 0, 0) for r in some], CAUSAL, aimed)
-            for r, *prefix in zip(some, slots, map(len, (r.ids for r in some)), positions, logits):
-                self.prefixes[self.key(r)] = Prefix(*prefix)
+            for i, r in enumerate(some):
+                self.prefixes[self.key(r)] = Prefix(slots[i], len(r.ids), positions[i], logits[i])
 
     def append(self, rows: list[Row]) -> None:
         """Bring the cache up to the last token of rows that have many new ones."""
@@ -2304,7 +2302,8 @@ def load_model(name: str, seed: int) -> tuple:
     """What makes a Policy, on the CPU, in float32."""
     if name == "toy":
         return data.toy_model(seed)
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # no torchvision
     from transformers.utils import cached_file
 
     try:
@@ -2314,8 +2313,7 @@ def load_model(name: str, seed: int) -> tuple:
         if report["missing_keys"]:
             raise ValueError(f"its weights lack {sorted(report['missing_keys'])[0]}")
         video = cached_file(name, "video_preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-        return model, AutoTokenizer.from_pretrained(name), image_processor, video
+        return model, AutoTokenizer.from_pretrained(name), Qwen2VLImageProcessorPil.from_pretrained(name), video
     except Exception as error:  # a damaged file raises what its format's library likes
         raise ValueError(f"cannot load --model {name}: {str(error).splitlines()[0]}") from error
 
