@@ -403,9 +403,7 @@ def _evaluation_images() -> dict[str, str]:
                 table = _Table(name, offline=True)
                 digests = sorted({digest(ref) for problem in table.stream(table.rows) for ref in problem.images})
                 with contextlib.suppress(OSError):  # a cache that may not be written is read again
-                    unfinished = kept.with_suffix(f".{os.getpid()}")  # other ranks may write as well
-                    unfinished.write_text("\n".join(digests))
-                    unfinished.replace(kept)
+                    _write(kept, "\n".join(digests).encode())
             owners |= dict.fromkeys(digests, name)
         except DataError:
             absent.append(name)
@@ -428,10 +426,15 @@ def store_image(image, folder: Path) -> str:
     name = f"images/{digest(image)[:32]}"
     if not (folder / name).exists():
         (folder / "images").mkdir(exist_ok=True)
-        draft = folder / f"{name}.{os.environ.get('RANK', 0)}.draft"  # two processes may store the same image
-        draft.write_bytes(image)
-        os.replace(draft, folder / name)
+        _write(folder / name, image)
     return name
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file in one step: another process may read it, or write the same."""
+    draft = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}.draft")
+    draft.write_bytes(content)
+    draft.replace(path)
 
 
 def read_trajectory(row: dict, folder: Path) -> tuple[Problem, list[str | Observation]]:
@@ -506,9 +509,7 @@ def toy_corpus(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if not path.exists() or path.read_text() != text:  # a file that changes is indexed anew
-        draft = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.draft")  # every process may come here
-        draft.write_text(text)
-        os.replace(draft, path)
+        _write(path, text.encode())
     return path
 
 
