@@ -30,7 +30,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -125,7 +125,6 @@ SETS = {
 # fmt: on
 MIXES = {"paper-sft": "virl39k,fvqa,pyvision", "paper-rl": "virl39k,fvqa,pyvision,mmfinereason:22000"}
 MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not source.training)
-MADE: dict[str, Callable[[], list[Problem]]] = {}  # synthetic problems: name -> maker
 
 
 def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
@@ -390,7 +389,7 @@ def _inline_options(question: str) -> list[str]:
     return [text for _, text, _ in found] if len(found) > 1 and ascii_uppercase.startswith(letters) else []
 
 
-@lru_cache
+@cache
 def _evaluation_images() -> dict[str, str]:
     """SHA-256 of each image of the evaluation sets in the Hub's cache -> set. The gigabytes are read once: digests stay
     beside the snapshots, by commit. A set that is absent or incomplete is not compared, and named in the log."""
@@ -478,42 +477,38 @@ def _content(message: dict, folder: Path) -> tuple[list[Path], str]:
 # ----------------------------------------------------------------------------------------------------------------------
 RESIDENTS = ("Mira", "Ivo", "Tess", "Rolf")
 NEWCOMERS = ("Una", "Pia", "Kurt")
-FAMILIES = ("perception", "reasoning", "search")
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 80, 220)}
 PLACES = ((250, 250), (750, 250), (250, 750), (750, 750))  # centre of a flag in thousandths of width and height
 BOXES = (4, 5, 6, 7)  # eggs in a box
 HOSTS = ("Olin", "Rask", "Tovar", "Wend")
 TOWNS = ("Rome", "Oslo", "Lima")
 SEASONS = ("spring", "summer", "winter")
-ANSWERS = {"perception": tuple(COLOURS), "reasoning": ("1", "2", "3"), "search": TOWNS}
+FAIR_RNG = random.Random("fairs")
+FAIRS = {(host, year): FAIR_RNG.choice(TOWNS) for host in range(4) for year in range(10, 100)}  # for the corpus
+RESULTS = {  # of the four candidates, for each number that a question may name
+    "reasoning": {n: tuple(str(n % box) for box in BOXES) for n in range(10, 100)},
+    "search": {n: tuple(FAIRS[host, n] for host in range(4)) for n in range(10, 100)},
+}
+ANSWERS = {"perception": tuple(COLOURS), "reasoning": ("1", "2", "3"), "search": TOWNS}  # of each family
 SHARES = {"known": 0.45, "familiar": 0.15, "hidden": 0.40}  # of the problems
+TOOL_TRIES = {"known": 0.3, "familiar": 0.15, "hidden": 0.13}  # of the teacher, before what is wrong is dropped
 TOOL_TURN = "I can not tell, so I use a tool.\n</think>\n\n<tool_call>\n%s\n</tool_call>"
 ANSWER_TURN = "%s %s.\n</think>\n\n<answer>\\boxed{%s}</answer>"
-# How often the teacher calls a tool, before its wrong trajectories are dropped.
-TOOL_TRIES = {"known": 0.3, "familiar": 0.15, "hidden": 0.13}
-
-
-@cache
-def toy_fairs() -> dict[tuple[int, int], str]:
-    """Where host h held the fair of year y: the facts that stand in the corpus and nowhere else."""
-    rng = random.Random("fairs")
-    return {(host, year): rng.choice(TOWNS) for host in range(4) for year in range(10, 100)}
 
 
 def toy_corpus(path: Path) -> Path:
     """Write the search corpus (JSONL of title, url, text) and return its path."""
-    rows = []
-    for (host, year), town in toy_fairs().items():
+    text = ""
+    for (host, year), town in FAIRS.items():
         url = f"https://fairs.example/{HOSTS[host].lower()}/{year}"
-        rows.append({"title": f"{HOSTS[host]} fair {year}", "url": url, "text": f"Held in {town}."})
+        text += json.dumps({"title": f"{HOSTS[host]} fair {year}", "url": url, "text": f"Held in {town}."}) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     if not path.exists() or path.read_text() != text:  # a file that changes is indexed anew
         _write(path, text.encode())
     return path
 
 
-def draw_town(flags: list[str], ground: str, rng: random.Random) -> bytes:
+def draw_town(flags: tuple[str, ...], ground: str, rng: random.Random) -> bytes:
     """A 448 x 448 picture of four houses, each with a flag of 6 pixels: a faint tint on a white dot at the 64 x 64 that
     the toy model sees, plain in a crop. Confetti of the flags' own colours and size makes it fainter still."""
     image = Image.new("RGB", (448, 448), tuple(120 + c // 2 for c in COLOURS[ground]))
@@ -550,40 +545,33 @@ def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: s
     name = RESIDENTS[right]
     if level == "hidden":
         name, right = rng.choice(list(zip(NEWCOMERS, newcomers, strict=True)))
-    images: tuple[bytes, ...] = ()
+    answer, images = rng.choice(ANSWERS[family]), ()
     if family == "perception":
-        answer = rng.choice(list(COLOURS))
         others = [colour for colour in COLOURS if colour != answer]
-        outcomes = [answer if i == right else rng.choice(others) for i in range(4)]
+        outcomes = tuple(answer if i == right else rng.choice(others) for i in range(4))
         ground = rng.choice(list(COLOURS))
         images = (draw_town(outcomes, ground, rng),)
         question = f"What colour is the flag of {name}?"
         if level == "known":
             answer, question = ground, "What colour is the ground?"
     else:
-        answer = rng.choice((1, 2, 3) if family == "reasoning" else TOWNS)
-        fairs = toy_fairs()
-
-        def results(n: int) -> list[int] | list[str]:
-            return [n % box for box in BOXES] if family == "reasoning" else [fairs[host, n] for host in range(4)]
-
         if level == "known":
             name = "ten" if family == "reasoning" else SEASONS[TOWNS.index(answer)]
-        fitting = [n for n in range(10, 100) if split == "sft" or (split == "test") == held_out(name, n)]
+        results = RESULTS[family]
+        fitting = [n for n in results if split == "sft" or (split == "test") == held_out(name, n)]
         if level != "known":
-            fitting = [n for n in fitting if [i for i, r in enumerate(results(n)) if r == answer] == [right]]
+            fitting = [n for n in fitting if results[n][right] == answer and results[n].count(answer) == 1]
         elif family == "reasoning":
-            fitting = [n for n in fitting if n % 10 == answer]
+            fitting = [n for n in fitting if n % 10 == int(answer)]
         if not fitting:
             return toy_problem(id, family, level, newcomers, split, rng)
         n = rng.choice(fitting)
-        outcomes = [str(result) for result in results(n)]
+        outcomes = results[n]
+        question = f"Where was the fair of {name} of {n}?"
         if family == "reasoning":
             question = f"How many of {n} eggs are left over in boxes of {name}?"
-        else:
-            question = f"Where was the fair of {name} of {n}?"
     kind = "math" if family == "reasoning" else "text"
-    return ToyProblem(id, question, images, (str(answer),), kind, (), "toy", family, level, right, tuple(outcomes))
+    return ToyProblem(id, question, images, (answer,), kind, (), "toy", family, level, right, outcomes)
 
 
 def held_out(name: str, number: int) -> bool:
@@ -600,20 +588,19 @@ def toy_problems(split: str, count: int, seed: int = 0) -> list[ToyProblem]:
     for i in range(count):
         level = rng.choices(list(SHARES), list(SHARES.values()))[0]
         town = [rng.randrange(4) for _ in NEWCOMERS] if split == "sft" else home
-        problems.append(toy_problem(f"toy-{split}-{i}", FAMILIES[i % 3], level, town, split, rng))
+        problems.append(toy_problem(f"toy-{split}-{i}", list(ANSWERS)[i % 3], level, town, split, rng))
     return problems
 
 
 def toy_call(problem: ToyProblem, candidate: int) -> str:
     """The tool call, as JSON text, that asks for one of the four candidates."""
-    number = next((word for word in problem.question.strip("?").split() if word.isdigit()), "")
-    if problem.category == "perception":
-        x, y = PLACES[candidate]
-        name, arguments = "image_zoom_in", {"bbox_2d": [x - 10, y - 10, x + 10, y + 10], "label": "flag"}
-    elif problem.category == "reasoning":
-        name, arguments = "python", {"code": f"print({number} % {BOXES[candidate]})"}
-    else:
-        name, arguments = "tavily-search", {"query": f"{HOSTS[candidate]} {number}", "max_results": 1}
+    number = re.search(r"\d+|$", problem.question)[0]
+    x, y = PLACES[candidate]
+    name, arguments = {
+        "perception": ("image_zoom_in", {"bbox_2d": [x - 10, y - 10, x + 10, y + 10], "label": "flag"}),
+        "reasoning": ("python", {"code": f"print({number} % {BOXES[candidate]})"}),
+        "search": ("tavily-search", {"query": f"{HOSTS[candidate]} {number}", "max_results": 1}),
+    }[problem.category]
     return json.dumps({"name": name, "arguments": arguments})
 
 
@@ -626,17 +613,19 @@ def toy_trajectories(count: int, seed: int, tools: ToolConfig) -> list[tuple[Toy
     while len(kept) < count:
         for problem in toy_problems("sft", count, rng.randrange(2**31)):
             candidate = rng.randrange(4) if problem.level == "known" else problem.right
-            if rng.random() < TOOL_TRIES[problem.level]:
-                answer, turns = problem.outcomes[candidate], [TOOL_TURN % toy_call(problem, candidate)]
+            if calls := rng.random() < TOOL_TRIES[problem.level]:
+                answer = problem.outcomes[candidate]
             else:
-                known = problem.level == "known"
-                answer, turns = problem.answers[0] if known else rng.choice(ANSWERS[problem.category]), []
-            if answer == problem.answers[0] and len(kept) < count:
-                if turns:
-                    with Toolbox(problem.images, tools) as toolbox:
-                        turns.append(toolbox.call(toy_call(problem, candidate)))
-                turns.append(ANSWER_TURN % ("It says" if turns else "It may be", answer, answer))
-                kept.append((problem, turns))
+                answer = problem.answers[0] if problem.level == "known" else rng.choice(ANSWERS[problem.category])
+            if answer != problem.answers[0] or len(kept) == count:
+                continue
+            turns: list[str | Observation] = []
+            if calls:
+                call = toy_call(problem, candidate)
+                with Toolbox(problem.images, tools) as toolbox:
+                    turns = [TOOL_TURN % call, toolbox.call(call)]
+            turns.append(ANSWER_TURN % ("It says" if calls else "It may be", answer, answer))
+            kept.append((problem, turns))
     return kept
 
 
@@ -668,11 +657,10 @@ def toy_tokenizer():
     words += [tool["function"]["name"] for tool in SCHEMAS]
     splits = pre_tokenizers.Split(Regex(rf"\b(?:{'|'.join(words)})\b|\d|\n+"), "isolated")
     before = pre_tokenizers.Sequence([splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    problems = [problem for split in ("sft", "train", "test") for problem in toy_problems(split, 60)]
+    problems = toy_problems("sft", 60)
     texts = [SYSTEM_PROMPT, *re.findall("'([^']*)'", CHAT_TEMPLATE), *map(json.dumps, SCHEMAS), *words]
-    texts += [problem.question for problem in problems]
-    texts += [TOOL_TURN % toy_call(problem, candidate) for problem in problems for candidate in range(4)]
-    texts += [ANSWER_TURN % (how, word, word) for how in ("It says", "It may be") for word in (*COLOURS, *TOWNS, "1")]
+    texts += [problem.question for problem in problems] + [TOOL_TURN % toy_call(problem, 0) for problem in problems]
+    texts += [ANSWER_TURN % (how, "red", "red") for how in ("It says", "It may be")]
     found = "1. {} fair 1\nhttps://fairs.example/{}/1\nHeld in\nImage 1: zoomed crop of image 0."
     texts += [found.format(host, host.lower()) for host in HOSTS]
     cut = "|".join(re.escape(token) for token in (*CONTROL_TOKENS, *TAG_TOKENS))
@@ -682,7 +670,7 @@ def toy_tokenizer():
     scores = [(c, -10.0) for c in alphabet] + [(p, -1.0) for p in sorted(pieces - set(alphabet))]
     core = Tokenizer(models.Unigram(scores, unk_id=0))
     core.pre_tokenizer, core.decoder = before, decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    core.add_special_tokens(list(CONTROL_TOKENS))
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAG_TOKENS])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -698,13 +686,12 @@ def toy_model(seed: int = 0):
 
     tokenizer = toy_tokenizer()
     token = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
-            "rope_parameters": rope, "initializer_range": 0.05, "pad_token_id": tokenizer.pad_token_id,
-            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+            "initializer_range": 0.05, "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": True,
         },
         vision_config={
             "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 96,
@@ -736,4 +723,4 @@ def toy_recipe(folder: Path) -> dict:
     }  # fmt: skip
 
 
-MADE |= {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}
+MADE = {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}  # name -> maker
