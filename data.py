@@ -72,14 +72,14 @@ class Source:
     repo: str
     files: str  # glob of the tables in the repository
     count: int | None = None  # problems expected; None where no source states it exactly
-    kind: str = ""  # of a gold that is not a letter; "" decides by its look
+    default_kind: str = ""  # of a gold that is not a letter; "" decides by its look
     id: str = "id"
     question: str = "question"
     answers: str = "answer"
     category: str = "category"
     images: str = "image"  # images or their paths
     options: str = ""
-    kinds: str = ""
+    kind: str = ""
     cycle: str = ""  # only the first value seen is kept
     revision: str | None = None
     extra: tuple[str, ...] = ()  # globs of loose images or of archives
@@ -88,13 +88,13 @@ class Source:
     training: bool = False  # drops what it shares with an evaluation set, and rows without an answer
 
 
-FIELDS = ("id", "question", "answers", "category", "options", "kinds", "cycle")  # read before any image
+FIELDS = ("id", "question", "answers", "category", "options", "kind", "cycle")  # read before any image
 # fmt: off
 SETS = {
     "mathvision": Source("MathLLMs/MathVision", "data/testmini-*.parquet", 304, "math", category="subject",
                          images="decoded_image", options="options"),
     "dynamath": Source("DynaMath/DynaMath_Sample", "data/sample1-*.parquet", 501, answers="ground_truth",
-                       category="subject", images="decoded_image", kinds="answer_type"),
+                       category="subject", images="decoded_image", kind="answer_type"),
     "mathvr": Source("gogoduan/Math-VR-bench", "data/test-*.parquet", 2500, "math", answers="answers",
                      images="+".join(f"image{k}" for k in range(1, 9)), text_only=True, joined=True),
     "vstar": Source(  # the JSON file beside each image lists the right option first, so it is never read
@@ -132,25 +132,12 @@ def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
     index before any image is touched, never a prefix, because sets are ordered. Problems of a training set that share
     an image with an evaluation set, or with an earlier part of the mixture, are dropped after the draw, and counted in
     the log."""
-    parts = [_open(part.strip(), seed) for part in MIXES.get(name, name).split(",")]
-    slots = [(k, row) for k, (rows, _) in enumerate(parts) for row in rows]
-    if limit is not None and limit < len(slots):
-        slots = random.Random(seed).sample(slots, limit)
+    parts = [(*_open(part), size) for part, size in check(name)]
+    slots = [(k, row) for k, (rows, _, size) in enumerate(parts) for row in _draw(rows, size, seed)]
+    drawn = set(_draw(slots, limit, seed))
     problems: list[Problem] = []
-    for k, (_, build) in enumerate(parts):
-        fresh = list(build({row for part, row in slots if part == k}))
-        source = SETS.get(fresh[0].source) if fresh else None
-        owners = {digest(ref): problem.source for problem in problems for ref in problem.images}
-        if source:  # a benchmark is never cut
-            owners = owners | _evaluation_images() if source.training else {}
-        dropped = Counter()
-        for problem in fresh:
-            owner = next((owners[key] for key in map(digest, problem.images if owners else ()) if key in owners), None)
-            dropped[owner] += 1
-            problems += [] if owner else [problem]
-        for owner in dropped.keys() - {None}:
-            numbers = (fresh[0].source, dropped[owner], len(fresh), owner)
-            log.warning("%s: %d of %d problems share an image with %s: dropped", *numbers)
+    for k, (rows, stream, _) in enumerate(parts):
+        problems += _without_copies(list(stream({row for row in rows if (k, row) in drawn})), problems)
     twice = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
     if twice:  # what is sampled, and where a run goes on, hangs on the id
         raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
@@ -175,33 +162,49 @@ def digest(ref: bytes | Path) -> str:
     return hashlib.sha256(ref if isinstance(ref, bytes) else ref.read_bytes()).hexdigest()
 
 
-def check(name: str) -> None:
-    """Raises DataError unless all parts of a mixture are known, and loads nothing."""
-    for part in MIXES.get(name, name).split(","):
-        _name_and_size(part.strip())
+def check(name: str) -> list[tuple[str, int | None]]:
+    """The parts of a mixture, each a set or a file, and how many of its problems (None: all). Raises DataError unless
+    all are known, and loads nothing."""
+    parts = []
+    for part in map(str.strip, MIXES.get(name, name).split(",")):
+        what, _, size = (part, "", "") if Path(part).is_file() else part.partition(":")
+        if size and not size.isdecimal():
+            raise DataError(f"{part}: after the colon belongs a number of problems.")
+        if what not in SETS and what not in MADE and not Path(what).is_file():
+            known = ", ".join([*SETS, *MADE, *MIXES])
+            raise DataError(f"No data set and no file is called {what!r}; known are {known}, and mixtures with commas.")
+        parts.append((what, int(size) if size else None))
+    return parts
 
 
-def _name_and_size(part: str) -> tuple[str, str]:
-    """A part of a mixture, `fvqa:500`, taken apart; the size is "" where none is given."""
-    name, _, size = (part, "", "") if Path(part).is_file() else part.partition(":")
-    if size and not size.isdigit():
-        raise DataError(f"{part}: after the colon belongs a number of problems.")
-    if name not in SETS and name not in MADE and not Path(name).is_file():
-        known = ", ".join([*SETS, *MADE, *MIXES])
-        raise DataError(f"No data set and no file is called {name!r}; known are {known}, and mixtures with commas.")
-    return name, size
+def _draw(items: list, count: int | None, seed: int) -> list:
+    """All of the items, or `count` of them."""
+    return items if count is None else random.Random(seed).sample(items, min(count, len(items)))
 
 
-def _open(part: str, seed: int) -> tuple[list[int], Callable[[set[int]], Iterable[Problem]]]:
-    """(row numbers, builder of the problems of some rows) for one part of a mixture."""
-    name, size = _name_and_size(part)
+def _open(name: str) -> tuple[list[int], Callable[[set[int]], Iterable[Problem]]]:
+    """(row numbers, what makes problems of some of them) of a set or a file."""
     if name in MADE:
         made = MADE[name]()
-        rows, build = list(range(len(made))), lambda chosen: [made[row] for row in sorted(chosen)]
-    else:
-        table = _Table(name)
-        rows, build = sorted(table.rows), table.stream
-    return random.Random(seed).sample(rows, min(int(size), len(rows))) if size else rows, build
+        return list(range(len(made))), lambda chosen: [made[row] for row in sorted(chosen)]
+    table = _Table(name)
+    return list(table.rows), table.stream
+
+
+def _without_copies(fresh: list[Problem], earlier: list[Problem]) -> list[Problem]:
+    """The problems of one part without those that share an image with others; a benchmark is never cut."""
+    source = SETS.get(fresh[0].source) if fresh else None
+    if source and not source.training:
+        return fresh
+    owners = {digest(ref): problem.source for problem in earlier for ref in problem.images}
+    owners |= _evaluation_images() if source else {}
+    if not owners:  # no image need be read
+        return fresh
+    shared = [next((owners[key] for key in map(digest, p.images) if key in owners), "") for p in fresh]
+    for owner, count in Counter(filter(None, shared)).items():
+        numbers = (fresh[0].source, count, len(fresh), owner)
+        log.warning("%s: %d of %d problems share an image with %s: dropped", *numbers)
+    return [problem for problem, owner in zip(fresh, shared) if not owner]
 
 
 def _fetch(name: str, source: Source, offline: bool) -> Path:
@@ -209,24 +212,23 @@ def _fetch(name: str, source: Source, offline: bool) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     wanted = [source.files, *source.extra]
-    command = f"hf download {source.repo} --repo-type dataset --revision {source.revision or 'main'}"
-    quoted = "' '".join(wanted)
-    absent = DataError(
-        f"{name}: {source.files} of {source.repo} is not in the cache and cannot be reached; with a network, run "
-        f"`{command} --include '{quoted}'`, which fills {constants.HF_HUB_CACHE}."
-    )
     options = {"repo_type": "dataset", "revision": source.revision, "local_files_only": offline}
     try:
         folder = Path(snapshot_download(source.repo, allow_patterns=wanted, **options))
     except errors.GatedRepoError as error:  # before its parent, HfHubHTTPError
         page = f"https://huggingface.co/datasets/{source.repo}"
         raise DataError(f"{name}: {page} is gated; accept its terms there and log in with `hf auth login`.") from error
-    except (errors.LocalEntryNotFoundError, ConnectionError) as error:
-        raise absent from error
+    except (errors.LocalEntryNotFoundError, ConnectionError):
+        folder = None
     except errors.HfHubHTTPError as error:
         raise DataError(f"{name}: {source.repo} could not be fetched: {' '.join(str(error).split())}.") from error
-    if not any(folder.glob(source.files)):
-        raise absent
+    if not folder or not any(folder.glob(source.files)):
+        included = "' '".join(wanted)
+        raise DataError(
+            f"{name}: {source.files} of {source.repo} is not in the cache and cannot be reached; with a network, run "
+            f"`hf download {source.repo} --repo-type dataset --revision {source.revision or 'main'} "
+            f"--include '{included}'`, which fills {constants.HF_HUB_CACHE}."
+        )
     return folder
 
 
@@ -240,24 +242,22 @@ class _Table:
             self.paths = sorted(self.folder.glob(self.source.files))
         else:
             self.paths, self.folder = [Path(name)], Path(name).parent
-            keys = {key for row in _json_rows(name, self.paths[0]) for key in row}
-            own = {field: field * (field in keys) for field in ("id", "category", "options", "images")}
-            own |= {"answers": "answers" if "answers" in keys else "answer", "kinds": "kind" * ("kind" in keys)}
+            keys, _ = _rows(name, self.paths[0], [])
+            own = {field: field if field in keys else "" for field in ("id", "kind", "category", "options", "images")}
+            own["answers"] = "answers" if "answers" in keys else "answer"
             self.source = Source("", name, text_only=True, **own)
         self._read()
 
     def _read(self) -> None:
         source, cycle, count = self.source, None, 0
-        names = {field: _columns(getattr(source, field)) for field in FIELDS}
-        for index, row in self._scan([column for columns in names.values() for column in columns]):
-            cells = {field: [leaf for column in names[field] for leaf in _leaves(row[column])] for field in FIELDS}
-            cells = {field: [str(leaf).strip() for leaf in leaves] for field, leaves in cells.items()}
-            cells |= {field: [text for text in cells[field] if text] for field in FIELDS if field != "options"}
+        for index, cells in self._scan(FIELDS):
+            cells = {field: [str(cell).strip() for cell in found] for field, found in cells.items()}
+            cells["answers"] = [text for text in cells["answers"] if text]
             cycle = cycle or cells["cycle"]
             if cells["cycle"] != cycle:
                 continue
             count += 1
-            if cells["answers"] and cells["question"]:
+            if cells["answers"] and any(cells["question"]):
                 self.rows[index] = self._problem(index, cells)
             elif not source.training:
                 raise DataError(f"{self.name}: row {index} has no {'question' if cells['answers'] else 'answer'}.")
@@ -271,9 +271,9 @@ class _Table:
         question = re.sub(r"\s*<image\s*\d*>\s*|" + instruction, " ", "\n".join(cells["question"])).strip()
         answers = [re.sub(r"^\\boxed\s*\{(.*)\}$", r"\1", text, flags=re.DOTALL) for text in cells["answers"]]
         answers = ["; ".join(answers)] if self.source.joined else list(dict.fromkeys(answers))
-        kind = "".join(cells["kinds"]) or self.source.kind
-        if kind not in ("math", "choice", "text", ""):  # DynaMath's answer types
-            kind = {"multiple choice": "choice", "float": "math"}.get(kind, "text")
+        # DynaMath's answer types beside our kinds
+        kinds = {"": "", "math": "math", "float": "math", "choice": "choice", "multiple choice": "choice"}
+        kind = kinds.get("".join(cells["kind"]) or self.source.default_kind, "text")
         options = cells["options"] or _inline_options(question)
         if cells["options"] and options != list(ascii_uppercase[: len(options)]):  # bare letters label the figure
             question += "".join(f"\n{letter}. {text}" for letter, text in zip(ascii_uppercase, options, strict=False))
@@ -284,37 +284,37 @@ class _Table:
             answers = [ascii_uppercase[options.index(answers[0])]]
         elif kind == "choice":
             raise DataError(f"{self.name}: the answer {answers[0]!r} of row {index} is neither a letter nor an option.")
+        kind = kind or ("math" if re.search(r"[\d\\=^]", answers[0]) else "text")
         short = Path(self.name).stem  # a file of your own, wherever it lies
         name = f"{short}/{''.join(cells['id']) or index}"
-        if name in self.names:  # whoever keeps records by id relies on it
-            name += f"#{index}"
+        name += f"#{index}" if name in self.names else ""  # whoever keeps records by id relies on it
         self.names.add(name)
-        kind = kind or ("math" if re.search(r"[\d\\=^]", answers[0]) else "text")
         options = tuple(options) if kind == "choice" else ()
         return Problem(name, question, (), tuple(answers), kind, options, short, " ".join(cells["category"]))
 
     def stream(self, chosen: Collection[int]) -> Iterator[Problem]:
         """The chosen rows in order, each image found and its header read, one row at a time."""
-        columns = _columns(self.source.images)
         archives = [zipfile.ZipFile(path) for path in self.folder.glob("*.zip")] if self.source.extra else []
-        for index, row in self._scan(columns, chosen):
-            cells = [leaf for column in columns for leaf in _leaves(row[column]) if leaf != ""]
+        members = {member: archive for archive in archives for member in archive.namelist()}
+        for index, cells in self._scan(("images",), chosen):
             where = f"{self.name}: row {index} ({self.rows[index].id})"
-            if not cells and not self.source.text_only:
+            images = tuple(self._image(where, cell, members) for cell in cells["images"] if cell != "")
+            if not images and not self.source.text_only:
                 raise DataError(f"{where} has no image.")
-            yield replace(self.rows[index], images=tuple(self._image(where, cell, archives) for cell in cells))
+            yield replace(self.rows[index], images=images)
 
-    def _image(self, where: str, cell: bytes | str, archives: list[zipfile.ZipFile]) -> bytes | Path:
+    def _image(self, where: str, cell: bytes | str, members: dict[str, zipfile.ZipFile]) -> bytes | Path:
         """The image of a cell: embedded, as base64 in a TSV, or the path of a file or of a member of an archive."""
         ref, stored = cell, "embedded"
         try:
             if isinstance(cell, str) and self.source.files.endswith(".tsv"):
                 ref = base64.b64decode(cell)
             elif isinstance(cell, str):
+                stored = cell
                 spellings = (cell, Path(*Path(cell).parts[1:]).as_posix())  # some paths repeat the folder they are in
-                files = [self.folder / path for path in spellings if (self.folder / path).is_file()]
-                members = [(archive, path) for archive in archives for path in spellings if path in archive.NameToInfo]
-                stored, ref = cell, files[0] if files else members[0][0].read(members[0][1]) if members else b""
+                found = [self.folder / path for path in spellings if (self.folder / path).is_file()]
+                found += [members[path].read(path) for path in spellings if path in members]
+                ref = found[0] if found else b""
             if ref:
                 Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref).close()
                 return ref
@@ -322,48 +322,44 @@ class _Table:
             raise DataError(f"{where} has a broken image ({stored}): {error}.") from error
         raise DataError(f"{where} lacks its image ({stored}) in {self.folder}.")
 
-    def _scan(self, columns: list[str], wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
-        """(row number, its `columns`) of all or the wanted rows, never holding a whole table of images."""
+    def _scan(self, fields: Iterable[str], wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
+        """(row number, what its `fields` hold) of all or the wanted rows, never holding a whole table of images."""
+        names = {field: [name for name in getattr(self.source, field).split("+") if name] for field in fields}
+        columns = list(itertools.chain(*names.values()))
         numbers = itertools.count()
         for path in self.paths:
-            if path.suffix == ".parquet":
-                import pyarrow.parquet
-
-                file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-                present, batches = file.schema_arrow.names, file.iter_batches(batch_size=16, columns=columns)
-                rows: Iterable[dict] = (row for batch in batches for row in batch.to_pylist())
-            elif path.suffix == ".tsv":
-                csv.field_size_limit(sys.maxsize)
-                rows = csv.DictReader(path.open(newline="", encoding="utf-8"), dialect="excel-tab")
-                present = rows.fieldnames or []  # unlike pandas, csv leaves an option "None" a text
-            else:
-                rows = _json_rows(self.name, path)
-                present = list(dict.fromkeys(key for row in rows for key in row))
+            present, rows = _rows(self.name, path, columns)
             if missing := [column for column in columns if column not in present]:
                 raise DataError(f"{self.name}: {path.name} lacks {', '.join(missing)}; it has {', '.join(present)}.")
             for row, index in zip(rows, numbers, strict=False):
                 if wanted is None or index in wanted:
-                    yield index, {column: row.get(column) for column in columns}
+                    yield index, {f: [leaf for name in names[f] for leaf in _leaves(row.get(name))] for f in fields}
 
 
-def _columns(joined: str) -> list[str]:
-    return joined.split("+") if joined else []
+def _rows(name: str, path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
+    """(names of the columns, rows) of a table. A table of images streams, and parquet reads only `columns`."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
 
-
-def _json_rows(name: str, path: Path) -> list[dict]:
-    """Rows of a list in JSON, or of JSON lines; other line ends than \\n may stand in a text."""
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        batches = file.iter_batches(batch_size=16, columns=columns)
+        return file.schema_arrow.names, (row for batch in batches for row in batch.to_pylist())
+    if path.suffix == ".tsv":
+        csv.field_size_limit(sys.maxsize)
+        reader = csv.DictReader(path.open(newline="", encoding="utf-8"), dialect="excel-tab")
+        return reader.fieldnames or [], reader  # unlike pandas, csv leaves an option "None" a text
     text = path.read_text(encoding="utf-8")
-    lines = [text] if path.suffix == ".json" else text.split("\n")
+    lines = [text] if path.suffix == ".json" else text.split("\n")  # other line ends may stand in a text
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            found = json.loads(line) if line.strip() else []
         except ValueError as error:
             raise DataError(f"{name}: line {number} of {path.name} is no JSON: {error}.") from error
-    rows = rows[0] if path.suffix == ".json" else rows
+        rows += found if isinstance(found, list) else [found]
     if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
         raise DataError(f"{name}: row {wrong[0]} of {path.name} is no object with named fields.")
-    return rows
+    return list(dict.fromkeys(key for row in rows for key in row)), rows
 
 
 def _leaves(value: object) -> list[object]:
@@ -394,7 +390,7 @@ def _evaluation_images() -> dict[str, str]:
     """SHA-256 of each image of the evaluation sets in the Hub's cache -> set. The gigabytes are read once: digests stay
     beside the snapshots, by commit. A set that is absent or incomplete is not compared, and named in the log."""
     owners, absent = {}, []
-    for name in (name for name, source in SETS.items() if not source.training):
+    for name in MIXES["paper-eval"].split(","):
         try:
             folder = _fetch(name, SETS[name], offline=True)
             kept = folder.parents[1] / f"{name}-{folder.name}.sha256"
@@ -558,7 +554,8 @@ def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: s
         if level == "known":
             name = "ten" if family == "reasoning" else SEASONS[TOWNS.index(answer)]
         results = RESULTS[family]
-        fitting = [n for n in results if split == "sft" or (split == "test") == held_out(name, n)]
+        evaluated = {n for n in results if zlib.crc32(f"{name} {n}".encode()) % 3 == 0}  # a third, held out
+        fitting = [n for n in results if split == "sft" or (split == "test") == (n in evaluated)]
         if level != "known":
             fitting = [n for n in fitting if results[n][right] == answer and results[n].count(answer) == 1]
         elif family == "reasoning":
@@ -572,11 +569,6 @@ def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: s
             question = f"How many of {n} eggs are left over in boxes of {name}?"
     kind = "math" if family == "reasoning" else "text"
     return ToyProblem(id, question, images, (answer,), kind, (), "toy", family, level, right, outcomes)
-
-
-def held_out(name: str, number: int) -> bool:
-    """A third of the questions, each a name and a number, is for evaluation only."""
-    return zlib.crc32(f"{name} {number}".encode()) % 3 == 0
 
 
 def toy_problems(split: str, count: int, seed: int = 0) -> list[ToyProblem]:

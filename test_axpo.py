@@ -1956,6 +1956,15 @@ def test_a_bad_jsonl_is_named(tmp_path, rows, message):
         data.load(own_file(tmp_path, *rows))
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "mine.json lacks question, answer"), ("5", "row 1 of mine.json is no object"),
+])  # fmt: skip
+def test_a_json_file_that_holds_no_rows_is_named(tmp_path, text, message):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(data.DataError, match=message):
+        data.load(str(tmp_path / "mine.json"))
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"called 'vstat'; known are mathvision, dynamath,.*paper-rl"):
         data.load("vstat")
