@@ -202,15 +202,15 @@ def _without_copies(fresh: list[Problem], earlier: list[Problem]) -> list[Proble
         return fresh
     shared = [next((owners[key] for key in map(digest, p.images) if key in owners), "") for p in fresh]
     for owner, count in Counter(filter(None, shared)).items():
-        numbers = (fresh[0].source, count, len(fresh), owner)
-        log.warning("%s: %d of %d problems share an image with %s: dropped", *numbers)
+        log.warning(f"{fresh[0].source}: {count} of {len(fresh)} problems share an image with {owner}: dropped")
     return [problem for problem, owner in zip(fresh, shared) if not owner]
 
 
-def _fetch(name: str, source: Source, offline: bool) -> Path:
+def _fetch(name: str, offline: bool) -> Path:
     """The folder of the set in the Hub's cache, downloaded if need be."""
     from huggingface_hub import constants, errors, snapshot_download
 
+    source = SETS[name]
     wanted = [source.files, *source.extra]
     options = {"repo_type": "dataset", "revision": source.revision, "local_files_only": offline}
     try:
@@ -238,7 +238,7 @@ class _Table:
     def __init__(self, name: str, offline: bool = False):
         self.name, self.rows, self.names = name, {}, set()
         if name in SETS:
-            self.source, self.folder = SETS[name], _fetch(name, SETS[name], offline)
+            self.source, self.folder = SETS[name], _fetch(name, offline)
             self.paths = sorted(self.folder.glob(self.source.files))
         else:
             self.paths, self.folder = [Path(name)], Path(name).parent
@@ -251,7 +251,6 @@ class _Table:
     def _read(self) -> None:
         source, cycle, count = self.source, None, 0
         for index, cells in self._scan(FIELDS):
-            cells = {field: [str(cell).strip() for cell in found] for field, found in cells.items()}
             cells["answers"] = [text for text in cells["answers"] if text]
             cycle = cycle or cells["cycle"]
             if cells["cycle"] != cycle:
@@ -362,9 +361,9 @@ def _rows(name: str, path: Path, columns: list[str]) -> tuple[list[str], Iterabl
     return list(dict.fromkeys(key for row in rows for key in row)), rows
 
 
-def _leaves(value: object) -> list[object]:
-    """What a cell holds, without nulls: a value, a list of them, a list written as JSON, an image {bytes, path}, or
-    FVQA's chat message {content} and reward {ground_truth, candidate_answers}."""
+def _leaves(value: object) -> list[str | bytes]:
+    """What a cell holds, as texts or bytes, without nulls: a value, a list of them, a list written as JSON, an image
+    {bytes, path}, or FVQA's chat message {content} and reward {ground_truth, candidate_answers}."""
     if isinstance(value, str) and re.fullmatch(r'\[\s*".*\]', value, re.DOTALL):
         with contextlib.suppress(ValueError):
             value = json.loads(value)
@@ -374,7 +373,7 @@ def _leaves(value: object) -> list[object]:
         value = [value.get(key) for key in ("content", "ground_truth", "candidate_answers")]
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _leaves(item)]
-    return [] if value is None else [value]
+    return [] if value is None else [value if isinstance(value, bytes) else str(value).strip()]
 
 
 def _inline_options(question: str) -> list[str]:
@@ -392,7 +391,7 @@ def _evaluation_images() -> dict[str, str]:
     owners, absent = {}, []
     for name in MIXES["paper-eval"].split(","):
         try:
-            folder = _fetch(name, SETS[name], offline=True)
+            folder = _fetch(name, offline=True)
             kept = folder.parents[1] / f"{name}-{folder.name}.sha256"
             if not (digests := kept.read_text().split() if kept.exists() else []):
                 table = _Table(name, offline=True)
