@@ -132,12 +132,13 @@ def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
     index before any image is touched, never a prefix, because sets are ordered. Problems of a training set that share
     an image with an evaluation set, or with an earlier part of the mixture, are dropped after the draw, and counted in
     the log."""
-    parts = [(*_open(part), size) for part, size in check(name)]
-    slots = [(k, row) for k, (rows, _, size) in enumerate(parts) for row in _draw(rows, size, seed)]
+    parts = [(part, *_open(part), size) for part, size in check(name)]
+    slots = [(k, row) for k, (_, rows, _, size) in enumerate(parts) for row in _draw(rows, size, seed)]
     drawn = set(_draw(slots, limit, seed))
     problems: list[Problem] = []
-    for k, (rows, stream, _) in enumerate(parts):
-        problems += _without_copies(list(stream({row for row in rows if (k, row) in drawn})), problems)
+    for k, (part, rows, stream, _) in enumerate(parts):
+        fresh = list(stream({row for row in rows if (k, row) in drawn}))
+        problems += _without_copies(SETS.get(part), fresh, problems)
     twice = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
     if twice:  # what is sampled, and where a run goes on, hangs on the id
         raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
@@ -191,9 +192,8 @@ def _open(name: str) -> tuple[list[int], Callable[[set[int]], Iterable[Problem]]
     return list(table.rows), table.stream
 
 
-def _without_copies(fresh: list[Problem], earlier: list[Problem]) -> list[Problem]:
+def _without_copies(source: Source | None, fresh: list[Problem], earlier: list[Problem]) -> list[Problem]:
     """The problems of one part without those that share an image with others; a benchmark is never cut."""
-    source = SETS.get(fresh[0].source) if fresh else None
     if source and not source.training:
         return fresh
     owners = {digest(ref): problem.source for problem in earlier for ref in problem.images}
@@ -268,7 +268,8 @@ class _Table:
     def _problem(self, index: int, cells: dict[str, list[str]]) -> Problem:
         instruction = r"\s*Answer with the option's letter from the given choices directly\.?"  # V*; the prompt has one
         question = re.sub(r"\s*<image\s*\d*>\s*|" + instruction, " ", "\n".join(cells["question"])).strip()
-        answers = [re.sub(r"^\\boxed\s*\{(.*)\}$", r"\1", text, flags=re.DOTALL) for text in cells["answers"]]
+        boxed = re.compile(r"\\boxed\s*\{((?:(?!\\boxed).)*)\}", re.DOTALL)
+        answers = [match[1] if (match := boxed.fullmatch(text)) else text for text in cells["answers"]]
         answers = ["; ".join(answers)] if self.source.joined else list(dict.fromkeys(answers))
         # DynaMath's answer types beside our kinds
         kinds = {"": "", "math": "math", "float": "math", "choice": "choice", "multiple choice": "choice"}
@@ -293,7 +294,10 @@ class _Table:
 
     def stream(self, chosen: Collection[int]) -> Iterator[Problem]:
         """The chosen rows in order, each image found and its header read, one row at a time."""
-        archives = [zipfile.ZipFile(path) for path in self.folder.glob("*.zip")] if self.source.extra else []
+        try:
+            archives = [zipfile.ZipFile(path) for path in self.folder.glob("*.zip")] if self.source.extra else []
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{self.name}: an archive in {self.folder} is broken: {error}.") from error
         members = {member: archive for archive in archives for member in archive.namelist()}
         for index, cells in self._scan(("images",), chosen):
             where = f"{self.name}: row {index} ({self.rows[index].id})"
@@ -347,7 +351,10 @@ def _rows(name: str, path: Path, columns: list[str]) -> tuple[list[str], Iterabl
         csv.field_size_limit(sys.maxsize)
         reader = csv.DictReader(path.open(newline="", encoding="utf-8"), dialect="excel-tab")
         return reader.fieldnames or [], reader  # unlike pandas, csv leaves an option "None" a text
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: {path.name} is not in UTF-8: {error}.") from error
     lines = [text] if path.suffix == ".json" else text.split("\n")  # other line ends may stand in a text
     rows = []
     for number, line in enumerate(lines, 1):

@@ -1956,13 +1956,32 @@ def test_a_bad_jsonl_is_named(tmp_path, rows, message):
         data.load(own_file(tmp_path, *rows))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "mine.json lacks question, answer"), ("5", "row 1 of mine.json is no object"),
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "mine.json lacks question, answer"), (b"5", "row 1 of mine.json is no object"),
+    ('["é"]'.encode("latin-1"), "mine.json is not in UTF-8"),
 ])  # fmt: skip
-def test_a_json_file_that_holds_no_rows_is_named(tmp_path, text, message):
-    (tmp_path / "mine.json").write_text(text)
+def test_a_json_file_that_holds_no_rows_is_named(tmp_path, content, message):
+    (tmp_path / "mine.json").write_bytes(content)
     with pytest.raises(data.DataError, match=message):
         data.load(str(tmp_path / "mine.json"))
+
+
+def test_a_file_of_ones_own_is_not_taken_for_the_set_of_its_name(hub, tmp_path):
+    write_set(hub, "visualprobe")
+    row = {"question": "Q", "answer": "\\boxed{1} and \\boxed{2}", "images": ["one.png"]}
+    path = Path(own_file(tmp_path, row))
+    (tmp_path / "one.png").write_bytes(png(3))  # visualprobe has it too
+    path.write_text("\ufeff" + path.read_text())  # as some editors write UTF-8
+    path = path.rename(tmp_path / "fvqa.jsonl")
+    (problem,) = data.load(str(path))
+    assert problem.id == "fvqa/0" and problem.answers == (row["answer"],)  # two boxes are no answer in a box
+
+
+def test_a_broken_archive_is_named(hub):
+    write_set(hub, "virl39k")
+    hub.write("virl39k", "images.zip", b"no archive")
+    with pytest.raises(data.DataError, match="virl39k: an archive in .* is broken"):
+        data.load("virl39k")
 
 
 def test_an_unknown_name_lists_the_known_ones():
