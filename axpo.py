@@ -819,11 +819,9 @@ class Engine:
     def reserve(self, rollouts: Sequence[Rollout]) -> None:
         """Allocate the cache for as many rows as fit, each of full length, and the prefixes they can have."""
         grain = 8 if self.captures else 1  # tensor cores like multiples of 8
-        prefix, own = (
-            max(len(r.ids) for r in rollouts),
-            1 + max(r.prompt_len + self.sampling.max_response_tokens - len(r.ids) for r in rollouts),
-        )  # 1: for padding
-        prefix, own = -(-prefix // grain) * grain, -(-own // grain) * grain
+        prefix = max(len(r.ids) for r in rollouts)
+        own = 1 + max(r.prompt_len + self.sampling.max_response_tokens - len(r.ids) for r in rollouts)  # 1: for padding
+        prefix, own = (-(-length // grain) * grain for length in (prefix, own))
         distinct, vocabulary = len({self.key(r) for r in rollouts}), len(self.policy.bias)
         config = self.policy.model.config.text_config
         itemsize = self.policy.model.get_input_embeddings().weight.itemsize
@@ -875,16 +873,16 @@ class Engine:
         for some in portions(leaders, [len(r.ids) for r in leaders], self.PREFILL_TOKENS):
             slots = list(range(len(self.prefixes), len(self.prefixes) + len(some)))
             columns = torch.arange(max(len(r.ids) for r in some), device=self.device)[None]
-            aimed = self.cache.aim("prefill", torch.tensor(slots, device=self.device), columns)
+            aimed = self.cache.aim("prefill", self.put(slots), columns)
             logits, positions = self.feed([(r, 0, 0) for r in some], CAUSAL, aimed)
-            for r, *prefix in zip(some, slots, map(len, (r.ids for r in some)), positions, logits):
-                self.prefixes[self.key(r)] = Prefix(*prefix)
+            for i, r in enumerate(some):
+                self.prefixes[self.key(r)] = Prefix(slots[i], len(r.ids), positions[i], logits[i])
 
     def append(self, rows: list[Row]) -> None:
         """Bring the cache up to the last token of rows that have many new ones."""
         for some in portions(rows, [len(row.rollout.ids) - row.cached for row in rows], self.PREFILL_TOKENS):
             numbers = [[self.rows.index(row), row.prefix.slot, row.prefix.length, row.cached] for row in some]
-            slots, prefixes, lengths, starts = torch.tensor(numbers, device=self.device).T
+            slots, prefixes, lengths, starts = self.put(numbers).T
             longest = max(len(row.rollout.ids) - row.cached for row in some)
             queries = (starts - lengths)[:, None] + torch.arange(longest, device=self.device)
             seen = max(row.prefix.length for row in some), max(len(r.rollout.ids) - r.prefix.length for r in some)
@@ -941,9 +939,9 @@ class Engine:
             return
         count = len(self.rows)
         draws = [0.0 if row.waiting else row.rng.random() for row in self.rows]
-        uniforms = torch.tensor(draws, dtype=torch.float64, device=self.device)  # a float32 could round up to 1
+        uniforms = self.put(draws, torch.float64)  # a float32 could round up to 1
         ids, logps, entropies = sample(self.logits[:count], uniforms, self.sampling, self.seen[:count])
-        ready = torch.tensor([slot for slot, row in enumerate(self.rows) if not row.waiting], device=self.device)
+        ready = self.put([slot for slot, row in enumerate(self.rows) if not row.waiting])
         self.seen[ready, ids[ready]] = True
         drawn = torch.stack([ids.double(), logps.double(), entropies.double()]).T  # one wait for the device per step
         for row, (token, logp, entropy) in zip(self.rows, drawn.tolist(), strict=True):
@@ -1010,7 +1008,7 @@ class Engine:
         if self.captures:
             after = min(-(-after // self.GRAPH_WIDTH) * self.GRAPH_WIDTH, filler[1] + 1)
         numbers += [filler] * (len(layout[0]) - len(numbers))
-        inputs = torch.tensor(numbers, device=self.device).T, *layout
+        inputs = self.put(numbers).T, *layout
         (self.captured if self.captures else self.advance)(*inputs, after)
         for row in self.rows:
             if not row.waiting:
@@ -1032,7 +1030,12 @@ class Engine:
             for j, slot in enumerate(slots):
                 place[slot], lengths[slot] = p * n + j, self.rows[slot].prefix.length
         filled = [slots + [0] * (n - len(slots)) for slots in members]
-        return tuple(torch.tensor(x, device=self.device) for x in (lengths, place, filled))
+        return tuple(map(self.put, (lengths, place, filled)))
+
+    def put(self, numbers: list, dtype: torch.dtype = torch.long) -> Tensor:
+        """Numbers on the device, without waiting for what it computes."""
+        tensor = torch.tensor(numbers, dtype=dtype)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def advance(self, numbers: Tensor, lengths: Tensor, place: Tensor, members: Tensor, after: int) -> None:
         """self.logits after one more token per row; numbers (3, R): its id, column and M-RoPE position."""
@@ -2299,7 +2302,8 @@ def load_model(name: str, seed: int) -> tuple:
     """What makes a Policy, on the CPU, in float32."""
     if name == "toy":
         return data.toy_model(seed)
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # no torchvision
     from transformers.utils import cached_file
 
     try:
@@ -2309,8 +2313,7 @@ def load_model(name: str, seed: int) -> tuple:
         if report["missing_keys"]:
             raise ValueError(f"its weights lack {sorted(report['missing_keys'])[0]}")
         video = cached_file(name, "video_preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-        return model, AutoTokenizer.from_pretrained(name), image_processor, video
+        return model, AutoTokenizer.from_pretrained(name), Qwen2VLImageProcessorPil.from_pretrained(name), video
     except Exception as error:  # a damaged file raises what its format's library likes
         raise ValueError(f"cannot load --model {name}: {str(error).splitlines()[0]}") from error
 

@@ -30,7 +30,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -72,14 +72,14 @@ class Source:
     repo: str
     files: str  # glob of the tables in the repository
     count: int | None = None  # problems expected; None where no source states it exactly
-    kind: str = ""  # of a gold that is not a letter; "" decides by its look
+    default_kind: str = ""  # of a gold that is not a letter; "" decides by its look
     id: str = "id"
     question: str = "question"
     answers: str = "answer"
     category: str = "category"
     images: str = "image"  # images or their paths
     options: str = ""
-    kinds: str = ""
+    kind: str = ""
     cycle: str = ""  # only the first value seen is kept
     revision: str | None = None
     extra: tuple[str, ...] = ()  # globs of loose images or of archives
@@ -88,13 +88,13 @@ class Source:
     training: bool = False  # drops what it shares with an evaluation set, and rows without an answer
 
 
-FIELDS = ("id", "question", "answers", "category", "options", "kinds", "cycle")  # read before any image
+FIELDS = ("id", "question", "answers", "category", "options", "kind", "cycle")  # read before any image
 # fmt: off
 SETS = {
     "mathvision": Source("MathLLMs/MathVision", "data/testmini-*.parquet", 304, "math", category="subject",
                          images="decoded_image", options="options"),
     "dynamath": Source("DynaMath/DynaMath_Sample", "data/sample1-*.parquet", 501, answers="ground_truth",
-                       category="subject", images="decoded_image", kinds="answer_type"),
+                       category="subject", images="decoded_image", kind="answer_type"),
     "mathvr": Source("gogoduan/Math-VR-bench", "data/test-*.parquet", 2500, "math", answers="answers",
                      images="+".join(f"image{k}" for k in range(1, 9)), text_only=True, joined=True),
     "vstar": Source(  # the JSON file beside each image lists the right option first, so it is never read
@@ -125,7 +125,6 @@ SETS = {
 # fmt: on
 MIXES = {"paper-sft": "virl39k,fvqa,pyvision", "paper-rl": "virl39k,fvqa,pyvision,mmfinereason:22000"}
 MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not source.training)
-MADE: dict[str, Callable[[], list[Problem]]] = {}  # synthetic problems: name -> maker
 
 
 def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
@@ -133,25 +132,13 @@ def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
     index before any image is touched, never a prefix, because sets are ordered. Problems of a training set that share
     an image with an evaluation set, or with an earlier part of the mixture, are dropped after the draw, and counted in
     the log."""
-    parts = [_open(part.strip(), seed) for part in MIXES.get(name, name).split(",")]
-    slots = [(k, row) for k, (rows, _) in enumerate(parts) for row in rows]
-    if limit is not None and limit < len(slots):
-        slots = random.Random(seed).sample(slots, limit)
+    parts = [(part, *_open(part), size) for part, size in check(name)]
+    slots = [(k, row) for k, (_, rows, _, size) in enumerate(parts) for row in _draw(rows, size, seed)]
+    drawn = set(_draw(slots, limit, seed))
     problems: list[Problem] = []
-    for k, (_, build) in enumerate(parts):
-        fresh = list(build({row for part, row in slots if part == k}))
-        source = SETS.get(fresh[0].source) if fresh else None
-        owners = {digest(ref): problem.source for problem in problems for ref in problem.images}
-        if source:  # a benchmark is never cut
-            owners = owners | _evaluation_images() if source.training else {}
-        dropped = Counter()
-        for problem in fresh:
-            owner = next((owners[key] for key in map(digest, problem.images if owners else ()) if key in owners), None)
-            dropped[owner] += 1
-            problems += [] if owner else [problem]
-        for owner in dropped.keys() - {None}:
-            numbers = (fresh[0].source, dropped[owner], len(fresh), owner)
-            log.warning("%s: %d of %d problems share an image with %s: dropped", *numbers)
+    for k, (part, rows, stream, _) in enumerate(parts):
+        fresh = list(stream({row for row in rows if (k, row) in drawn}))
+        problems += _without_copies(SETS.get(part), fresh, problems)
     twice = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
     if twice:  # what is sampled, and where a run goes on, hangs on the id
         raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
@@ -176,58 +163,72 @@ def digest(ref: bytes | Path) -> str:
     return hashlib.sha256(ref if isinstance(ref, bytes) else ref.read_bytes()).hexdigest()
 
 
-def check(name: str) -> None:
-    """Raises DataError unless all parts of a mixture are known, and loads nothing."""
-    for part in MIXES.get(name, name).split(","):
-        _name_and_size(part.strip())
+def check(name: str) -> list[tuple[str, int | None]]:
+    """The parts of a mixture, each a set or a file, and how many of its problems (None: all). Raises DataError unless
+    all are known, and loads nothing."""
+    parts = []
+    for part in map(str.strip, MIXES.get(name, name).split(",")):
+        what, _, size = (part, "", "") if Path(part).is_file() else part.partition(":")
+        if size and not size.isdecimal():
+            raise DataError(f"{part}: after the colon belongs a number of problems.")
+        if what not in SETS and what not in MADE and not Path(what).is_file():
+            known = ", ".join([*SETS, *MADE, *MIXES])
+            raise DataError(f"No data set and no file is called {what!r}; known are {known}, and mixtures with commas.")
+        parts.append((what, int(size) if size else None))
+    return parts
 
 
-def _name_and_size(part: str) -> tuple[str, str]:
-    """A part of a mixture, `fvqa:500`, taken apart; the size is "" where none is given."""
-    name, _, size = (part, "", "") if Path(part).is_file() else part.partition(":")
-    if size and not size.isdigit():
-        raise DataError(f"{part}: after the colon belongs a number of problems.")
-    if name not in SETS and name not in MADE and not Path(name).is_file():
-        known = ", ".join([*SETS, *MADE, *MIXES])
-        raise DataError(f"No data set and no file is called {name!r}; known are {known}, and mixtures with commas.")
-    return name, size
+def _draw(items: list, count: int | None, seed: int) -> list:
+    """All of the items, or `count` of them."""
+    return items if count is None else random.Random(seed).sample(items, min(count, len(items)))
 
 
-def _open(part: str, seed: int) -> tuple[list[int], Callable[[set[int]], Iterable[Problem]]]:
-    """(row numbers, builder of the problems of some rows) for one part of a mixture."""
-    name, size = _name_and_size(part)
+def _open(name: str) -> tuple[list[int], Callable[[set[int]], Iterable[Problem]]]:
+    """(row numbers, what makes problems of some of them) of a set or a file."""
     if name in MADE:
         made = MADE[name]()
-        rows, build = list(range(len(made))), lambda chosen: [made[row] for row in sorted(chosen)]
-    else:
-        table = _Table(name)
-        rows, build = sorted(table.rows), table.stream
-    return random.Random(seed).sample(rows, min(int(size), len(rows))) if size else rows, build
+        return list(range(len(made))), lambda chosen: [made[row] for row in sorted(chosen)]
+    table = _Table(name)
+    return list(table.rows), table.stream
 
 
-def _fetch(name: str, source: Source, offline: bool) -> Path:
+def _without_copies(source: Source | None, fresh: list[Problem], earlier: list[Problem]) -> list[Problem]:
+    """The problems of one part without those that share an image with others; a benchmark is never cut."""
+    if source and not source.training:
+        return fresh
+    owners = {digest(ref): problem.source for problem in earlier for ref in problem.images}
+    owners |= _evaluation_images() if source else {}
+    if not owners:  # no image need be read
+        return fresh
+    shared = [next((owners[key] for key in map(digest, p.images) if key in owners), "") for p in fresh]
+    for owner, count in Counter(filter(None, shared)).items():
+        log.warning(f"{fresh[0].source}: {count} of {len(fresh)} problems share an image with {owner}: dropped")
+    return [problem for problem, owner in zip(fresh, shared) if not owner]
+
+
+def _fetch(name: str, offline: bool) -> Path:
     """The folder of the set in the Hub's cache, downloaded if need be."""
     from huggingface_hub import constants, errors, snapshot_download
 
+    source = SETS[name]
     wanted = [source.files, *source.extra]
-    command = f"hf download {source.repo} --repo-type dataset --revision {source.revision or 'main'}"
-    quoted = "' '".join(wanted)
-    absent = DataError(
-        f"{name}: {source.files} of {source.repo} is not in the cache and cannot be reached; with a network, run "
-        f"`{command} --include '{quoted}'`, which fills {constants.HF_HUB_CACHE}."
-    )
     options = {"repo_type": "dataset", "revision": source.revision, "local_files_only": offline}
     try:
         folder = Path(snapshot_download(source.repo, allow_patterns=wanted, **options))
     except errors.GatedRepoError as error:  # before its parent, HfHubHTTPError
         page = f"https://huggingface.co/datasets/{source.repo}"
         raise DataError(f"{name}: {page} is gated; accept its terms there and log in with `hf auth login`.") from error
-    except (errors.LocalEntryNotFoundError, ConnectionError) as error:
-        raise absent from error
+    except (errors.LocalEntryNotFoundError, ConnectionError):
+        folder = None
     except errors.HfHubHTTPError as error:
         raise DataError(f"{name}: {source.repo} could not be fetched: {' '.join(str(error).split())}.") from error
-    if not any(folder.glob(source.files)):
-        raise absent
+    if not folder or not any(folder.glob(source.files)):
+        included = "' '".join(wanted)
+        raise DataError(
+            f"{name}: {source.files} of {source.repo} is not in the cache and cannot be reached; with a network, run "
+            f"`hf download {source.repo} --repo-type dataset --revision {source.revision or 'main'} "
+            f"--include '{included}'`, which fills {constants.HF_HUB_CACHE}."
+        )
     return folder
 
 
@@ -237,28 +238,25 @@ class _Table:
     def __init__(self, name: str, offline: bool = False):
         self.name, self.rows, self.names = name, {}, set()
         if name in SETS:
-            self.source, self.folder = SETS[name], _fetch(name, SETS[name], offline)
+            self.source, self.folder = SETS[name], _fetch(name, offline)
             self.paths = sorted(self.folder.glob(self.source.files))
         else:
             self.paths, self.folder = [Path(name)], Path(name).parent
-            keys = {key for row in _json_rows(name, self.paths[0]) for key in row}
-            own = {field: field * (field in keys) for field in ("id", "category", "options", "images")}
-            own |= {"answers": "answers" if "answers" in keys else "answer", "kinds": "kind" * ("kind" in keys)}
+            keys, _ = _rows(name, self.paths[0], [])
+            own = {field: field if field in keys else "" for field in ("id", "kind", "category", "options", "images")}
+            own["answers"] = "answers" if "answers" in keys else "answer"
             self.source = Source("", name, text_only=True, **own)
         self._read()
 
     def _read(self) -> None:
         source, cycle, count = self.source, None, 0
-        names = {field: _columns(getattr(source, field)) for field in FIELDS}
-        for index, row in self._scan([column for columns in names.values() for column in columns]):
-            cells = {field: [leaf for column in names[field] for leaf in _leaves(row[column])] for field in FIELDS}
-            cells = {field: [str(leaf).strip() for leaf in leaves] for field, leaves in cells.items()}
-            cells |= {field: [text for text in cells[field] if text] for field in FIELDS if field != "options"}
+        for index, cells in self._scan(FIELDS):
+            cells["answers"] = [text for text in cells["answers"] if text]
             cycle = cycle or cells["cycle"]
             if cells["cycle"] != cycle:
                 continue
             count += 1
-            if cells["answers"] and cells["question"]:
+            if cells["answers"] and any(cells["question"]):
                 self.rows[index] = self._problem(index, cells)
             elif not source.training:
                 raise DataError(f"{self.name}: row {index} has no {'question' if cells['answers'] else 'answer'}.")
@@ -270,11 +268,12 @@ class _Table:
     def _problem(self, index: int, cells: dict[str, list[str]]) -> Problem:
         instruction = r"\s*Answer with the option's letter from the given choices directly\.?"  # V*; the prompt has one
         question = re.sub(r"\s*<image\s*\d*>\s*|" + instruction, " ", "\n".join(cells["question"])).strip()
-        answers = [re.sub(r"^\\boxed\s*\{(.*)\}$", r"\1", text, flags=re.DOTALL) for text in cells["answers"]]
+        boxed = re.compile(r"\\boxed\s*\{((?:(?!\\boxed).)*)\}", re.DOTALL)
+        answers = [match[1] if (match := boxed.fullmatch(text)) else text for text in cells["answers"]]
         answers = ["; ".join(answers)] if self.source.joined else list(dict.fromkeys(answers))
-        kind = "".join(cells["kinds"]) or self.source.kind
-        if kind not in ("math", "choice", "text", ""):  # DynaMath's answer types
-            kind = {"multiple choice": "choice", "float": "math"}.get(kind, "text")
+        # DynaMath's answer types beside our kinds
+        kinds = {"": "", "math": "math", "float": "math", "choice": "choice", "multiple choice": "choice"}
+        kind = kinds.get("".join(cells["kind"]) or self.source.default_kind, "text")
         options = cells["options"] or _inline_options(question)
         if cells["options"] and options != list(ascii_uppercase[: len(options)]):  # bare letters label the figure
             question += "".join(f"\n{letter}. {text}" for letter, text in zip(ascii_uppercase, options, strict=False))
@@ -285,37 +284,40 @@ class _Table:
             answers = [ascii_uppercase[options.index(answers[0])]]
         elif kind == "choice":
             raise DataError(f"{self.name}: the answer {answers[0]!r} of row {index} is neither a letter nor an option.")
+        kind = kind or ("math" if re.search(r"[\d\\=^]", answers[0]) else "text")
         short = Path(self.name).stem  # a file of your own, wherever it lies
         name = f"{short}/{''.join(cells['id']) or index}"
-        if name in self.names:  # whoever keeps records by id relies on it
-            name += f"#{index}"
+        name += f"#{index}" if name in self.names else ""  # whoever keeps records by id relies on it
         self.names.add(name)
-        kind = kind or ("math" if re.search(r"[\d\\=^]", answers[0]) else "text")
         options = tuple(options) if kind == "choice" else ()
         return Problem(name, question, (), tuple(answers), kind, options, short, " ".join(cells["category"]))
 
     def stream(self, chosen: Collection[int]) -> Iterator[Problem]:
         """The chosen rows in order, each image found and its header read, one row at a time."""
-        columns = _columns(self.source.images)
-        archives = [zipfile.ZipFile(path) for path in self.folder.glob("*.zip")] if self.source.extra else []
-        for index, row in self._scan(columns, chosen):
-            cells = [leaf for column in columns for leaf in _leaves(row[column]) if leaf != ""]
+        try:
+            archives = [zipfile.ZipFile(path) for path in self.folder.glob("*.zip")] if self.source.extra else []
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{self.name}: an archive in {self.folder} is broken: {error}.") from error
+        members = {member: archive for archive in archives for member in archive.namelist()}
+        for index, cells in self._scan(("images",), chosen):
             where = f"{self.name}: row {index} ({self.rows[index].id})"
-            if not cells and not self.source.text_only:
+            images = tuple(self._image(where, cell, members) for cell in cells["images"] if cell != "")
+            if not images and not self.source.text_only:
                 raise DataError(f"{where} has no image.")
-            yield replace(self.rows[index], images=tuple(self._image(where, cell, archives) for cell in cells))
+            yield replace(self.rows[index], images=images)
 
-    def _image(self, where: str, cell: bytes | str, archives: list[zipfile.ZipFile]) -> bytes | Path:
+    def _image(self, where: str, cell: bytes | str, members: dict[str, zipfile.ZipFile]) -> bytes | Path:
         """The image of a cell: embedded, as base64 in a TSV, or the path of a file or of a member of an archive."""
         ref, stored = cell, "embedded"
         try:
             if isinstance(cell, str) and self.source.files.endswith(".tsv"):
                 ref = base64.b64decode(cell)
             elif isinstance(cell, str):
+                stored = cell
                 spellings = (cell, Path(*Path(cell).parts[1:]).as_posix())  # some paths repeat the folder they are in
-                files = [self.folder / path for path in spellings if (self.folder / path).is_file()]
-                members = [(archive, path) for archive in archives for path in spellings if path in archive.NameToInfo]
-                stored, ref = cell, files[0] if files else members[0][0].read(members[0][1]) if members else b""
+                found = [self.folder / path for path in spellings if (self.folder / path).is_file()]
+                found += [members[path].read(path) for path in spellings if path in members]
+                ref = found[0] if found else b""
             if ref:
                 Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref).close()
                 return ref
@@ -323,53 +325,52 @@ class _Table:
             raise DataError(f"{where} has a broken image ({stored}): {error}.") from error
         raise DataError(f"{where} lacks its image ({stored}) in {self.folder}.")
 
-    def _scan(self, columns: list[str], wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
-        """(row number, its `columns`) of all or the wanted rows, never holding a whole table of images."""
+    def _scan(self, fields: Iterable[str], wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
+        """(row number, what its `fields` hold) of all or the wanted rows, never holding a whole table of images."""
+        names = {field: [name for name in getattr(self.source, field).split("+") if name] for field in fields}
+        columns = list(itertools.chain(*names.values()))
         numbers = itertools.count()
         for path in self.paths:
-            if path.suffix == ".parquet":
-                import pyarrow.parquet
-
-                file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-                present, batches = file.schema_arrow.names, file.iter_batches(batch_size=16, columns=columns)
-                rows: Iterable[dict] = (row for batch in batches for row in batch.to_pylist())
-            elif path.suffix == ".tsv":
-                csv.field_size_limit(sys.maxsize)
-                rows = csv.DictReader(path.open(newline="", encoding="utf-8"), dialect="excel-tab")
-                present = rows.fieldnames or []  # unlike pandas, csv leaves an option "None" a text
-            else:
-                rows = _json_rows(self.name, path)
-                present = list(dict.fromkeys(key for row in rows for key in row))
+            present, rows = _rows(self.name, path, columns)
             if missing := [column for column in columns if column not in present]:
                 raise DataError(f"{self.name}: {path.name} lacks {', '.join(missing)}; it has {', '.join(present)}.")
             for row, index in zip(rows, numbers, strict=False):
                 if wanted is None or index in wanted:
-                    yield index, {column: row.get(column) for column in columns}
+                    yield index, {f: [leaf for name in names[f] for leaf in _leaves(row.get(name))] for f in fields}
 
 
-def _columns(joined: str) -> list[str]:
-    return joined.split("+") if joined else []
+def _rows(name: str, path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
+    """(names of the columns, rows) of a table. A table of images streams, and parquet reads only `columns`."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
 
-
-def _json_rows(name: str, path: Path) -> list[dict]:
-    """Rows of a list in JSON, or of JSON lines; other line ends than \\n may stand in a text."""
-    text = path.read_text(encoding="utf-8")
-    lines = [text] if path.suffix == ".json" else text.split("\n")
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        batches = file.iter_batches(batch_size=16, columns=columns)
+        return file.schema_arrow.names, (row for batch in batches for row in batch.to_pylist())
+    if path.suffix == ".tsv":
+        csv.field_size_limit(sys.maxsize)
+        reader = csv.DictReader(path.open(newline="", encoding="utf-8"), dialect="excel-tab")
+        return reader.fieldnames or [], reader  # unlike pandas, csv leaves an option "None" a text
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: {path.name} is not in UTF-8: {error}.") from error
+    lines = [text] if path.suffix == ".json" else text.split("\n")  # other line ends may stand in a text
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            found = json.loads(line) if line.strip() else []
         except ValueError as error:
             raise DataError(f"{name}: line {number} of {path.name} is no JSON: {error}.") from error
-    rows = rows[0] if path.suffix == ".json" else rows
+        rows += found if isinstance(found, list) else [found]
     if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
         raise DataError(f"{name}: row {wrong[0]} of {path.name} is no object with named fields.")
-    return rows
+    return list(dict.fromkeys(key for row in rows for key in row)), rows
 
 
-def _leaves(value: object) -> list[object]:
-    """What a cell holds, without nulls: a value, a list of them, a list written as JSON, an image {bytes, path}, or
-    FVQA's chat message {content} and reward {ground_truth, candidate_answers}."""
+def _leaves(value: object) -> list[str | bytes]:
+    """What a cell holds, as texts or bytes, without nulls: a value, a list of them, a list written as JSON, an image
+    {bytes, path}, or FVQA's chat message {content} and reward {ground_truth, candidate_answers}."""
     if isinstance(value, str) and re.fullmatch(r'\[\s*".*\]', value, re.DOTALL):
         with contextlib.suppress(ValueError):
             value = json.loads(value)
@@ -379,7 +380,7 @@ def _leaves(value: object) -> list[object]:
         value = [value.get(key) for key in ("content", "ground_truth", "candidate_answers")]
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _leaves(item)]
-    return [] if value is None else [value]
+    return [] if value is None else [value if isinstance(value, bytes) else str(value).strip()]
 
 
 def _inline_options(question: str) -> list[str]:
@@ -390,22 +391,20 @@ def _inline_options(question: str) -> list[str]:
     return [text for _, text, _ in found] if len(found) > 1 and ascii_uppercase.startswith(letters) else []
 
 
-@lru_cache
+@cache
 def _evaluation_images() -> dict[str, str]:
     """SHA-256 of each image of the evaluation sets in the Hub's cache -> set. The gigabytes are read once: digests stay
     beside the snapshots, by commit. A set that is absent or incomplete is not compared, and named in the log."""
     owners, absent = {}, []
-    for name in (name for name, source in SETS.items() if not source.training):
+    for name in MIXES["paper-eval"].split(","):
         try:
-            folder = _fetch(name, SETS[name], offline=True)
+            folder = _fetch(name, offline=True)
             kept = folder.parents[1] / f"{name}-{folder.name}.sha256"
             if not (digests := kept.read_text().split() if kept.exists() else []):
                 table = _Table(name, offline=True)
                 digests = sorted({digest(ref) for problem in table.stream(table.rows) for ref in problem.images})
                 with contextlib.suppress(OSError):  # a cache that may not be written is read again
-                    unfinished = kept.with_suffix(f".{os.getpid()}")  # other ranks may write as well
-                    unfinished.write_text("\n".join(digests))
-                    unfinished.replace(kept)
+                    _write(kept, "\n".join(digests).encode())
             owners |= dict.fromkeys(digests, name)
         except DataError:
             absent.append(name)
@@ -428,10 +427,15 @@ def store_image(image, folder: Path) -> str:
     name = f"images/{digest(image)[:32]}"
     if not (folder / name).exists():
         (folder / "images").mkdir(exist_ok=True)
-        draft = folder / f"{name}.{os.environ.get('RANK', 0)}.draft"  # two processes may store the same image
-        draft.write_bytes(image)
-        os.replace(draft, folder / name)
+        _write(folder / name, image)
     return name
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file in one step: another process may read it, or write the same."""
+    draft = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}.draft")
+    draft.write_bytes(content)
+    draft.replace(path)
 
 
 def read_trajectory(row: dict, folder: Path) -> tuple[Problem, list[str | Observation]]:
@@ -475,44 +479,38 @@ def _content(message: dict, folder: Path) -> tuple[list[Path], str]:
 # ----------------------------------------------------------------------------------------------------------------------
 RESIDENTS = ("Mira", "Ivo", "Tess", "Rolf")
 NEWCOMERS = ("Una", "Pia", "Kurt")
-FAMILIES = ("perception", "reasoning", "search")
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 80, 220)}
 PLACES = ((250, 250), (750, 250), (250, 750), (750, 750))  # centre of a flag in thousandths of width and height
 BOXES = (4, 5, 6, 7)  # eggs in a box
 HOSTS = ("Olin", "Rask", "Tovar", "Wend")
 TOWNS = ("Rome", "Oslo", "Lima")
 SEASONS = ("spring", "summer", "winter")
-ANSWERS = {"perception": tuple(COLOURS), "reasoning": ("1", "2", "3"), "search": TOWNS}
+FAIR_RNG = random.Random("fairs")
+FAIRS = {(host, year): FAIR_RNG.choice(TOWNS) for host in range(4) for year in range(10, 100)}  # for the corpus
+RESULTS = {  # of the four candidates, for each number that a question may name
+    "reasoning": {n: tuple(str(n % box) for box in BOXES) for n in range(10, 100)},
+    "search": {n: tuple(FAIRS[host, n] for host in range(4)) for n in range(10, 100)},
+}
+ANSWERS = {"perception": tuple(COLOURS), "reasoning": ("1", "2", "3"), "search": TOWNS}  # of each family
 SHARES = {"known": 0.45, "familiar": 0.15, "hidden": 0.40}  # of the problems
+TOOL_TRIES = {"known": 0.3, "familiar": 0.15, "hidden": 0.13}  # of the teacher, before what is wrong is dropped
 TOOL_TURN = "I can not tell, so I use a tool.\n</think>\n\n<tool_call>\n%s\n</tool_call>"
 ANSWER_TURN = "%s %s.\n</think>\n\n<answer>\\boxed{%s}</answer>"
-# How often the teacher calls a tool, before its wrong trajectories are dropped.
-TOOL_TRIES = {"known": 0.3, "familiar": 0.15, "hidden": 0.13}
-
-
-@cache
-def toy_fairs() -> dict[tuple[int, int], str]:
-    """Where host h held the fair of year y: the facts that stand in the corpus and nowhere else."""
-    rng = random.Random("fairs")
-    return {(host, year): rng.choice(TOWNS) for host in range(4) for year in range(10, 100)}
 
 
 def toy_corpus(path: Path) -> Path:
     """Write the search corpus (JSONL of title, url, text) and return its path."""
-    rows = []
-    for (host, year), town in toy_fairs().items():
+    text = ""
+    for (host, year), town in FAIRS.items():
         url = f"https://fairs.example/{HOSTS[host].lower()}/{year}"
-        rows.append({"title": f"{HOSTS[host]} fair {year}", "url": url, "text": f"Held in {town}."})
+        text += json.dumps({"title": f"{HOSTS[host]} fair {year}", "url": url, "text": f"Held in {town}."}) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     if not path.exists() or path.read_text() != text:  # a file that changes is indexed anew
-        draft = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.draft")  # every process may come here
-        draft.write_text(text)
-        os.replace(draft, path)
+        _write(path, text.encode())
     return path
 
 
-def draw_town(flags: list[str], ground: str, rng: random.Random) -> bytes:
+def draw_town(flags: tuple[str, ...], ground: str, rng: random.Random) -> bytes:
     """A 448 x 448 picture of four houses, each with a flag of 6 pixels: a faint tint on a white dot at the 64 x 64 that
     the toy model sees, plain in a crop. Confetti of the flags' own colours and size makes it fainter still."""
     image = Image.new("RGB", (448, 448), tuple(120 + c // 2 for c in COLOURS[ground]))
@@ -549,45 +547,34 @@ def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: s
     name = RESIDENTS[right]
     if level == "hidden":
         name, right = rng.choice(list(zip(NEWCOMERS, newcomers, strict=True)))
-    images: tuple[bytes, ...] = ()
+    answer, images = rng.choice(ANSWERS[family]), ()
     if family == "perception":
-        answer = rng.choice(list(COLOURS))
         others = [colour for colour in COLOURS if colour != answer]
-        outcomes = [answer if i == right else rng.choice(others) for i in range(4)]
+        outcomes = tuple(answer if i == right else rng.choice(others) for i in range(4))
         ground = rng.choice(list(COLOURS))
         images = (draw_town(outcomes, ground, rng),)
         question = f"What colour is the flag of {name}?"
         if level == "known":
             answer, question = ground, "What colour is the ground?"
     else:
-        answer = rng.choice((1, 2, 3) if family == "reasoning" else TOWNS)
-        fairs = toy_fairs()
-
-        def results(n: int) -> list[int] | list[str]:
-            return [n % box for box in BOXES] if family == "reasoning" else [fairs[host, n] for host in range(4)]
-
         if level == "known":
             name = "ten" if family == "reasoning" else SEASONS[TOWNS.index(answer)]
-        fitting = [n for n in range(10, 100) if split == "sft" or (split == "test") == held_out(name, n)]
+        results = RESULTS[family]
+        evaluated = {n for n in results if zlib.crc32(f"{name} {n}".encode()) % 3 == 0}  # a third, held out
+        fitting = [n for n in results if split == "sft" or (split == "test") == (n in evaluated)]
         if level != "known":
-            fitting = [n for n in fitting if [i for i, r in enumerate(results(n)) if r == answer] == [right]]
+            fitting = [n for n in fitting if results[n][right] == answer and results[n].count(answer) == 1]
         elif family == "reasoning":
-            fitting = [n for n in fitting if n % 10 == answer]
+            fitting = [n for n in fitting if n % 10 == int(answer)]
         if not fitting:
             return toy_problem(id, family, level, newcomers, split, rng)
         n = rng.choice(fitting)
-        outcomes = [str(result) for result in results(n)]
+        outcomes = results[n]
+        question = f"Where was the fair of {name} of {n}?"
         if family == "reasoning":
             question = f"How many of {n} eggs are left over in boxes of {name}?"
-        else:
-            question = f"Where was the fair of {name} of {n}?"
     kind = "math" if family == "reasoning" else "text"
-    return ToyProblem(id, question, images, (str(answer),), kind, (), "toy", family, level, right, tuple(outcomes))
-
-
-def held_out(name: str, number: int) -> bool:
-    """A third of the questions, each a name and a number, is for evaluation only."""
-    return zlib.crc32(f"{name} {number}".encode()) % 3 == 0
+    return ToyProblem(id, question, images, (answer,), kind, (), "toy", family, level, right, outcomes)
 
 
 def toy_problems(split: str, count: int, seed: int = 0) -> list[ToyProblem]:
@@ -599,20 +586,19 @@ def toy_problems(split: str, count: int, seed: int = 0) -> list[ToyProblem]:
     for i in range(count):
         level = rng.choices(list(SHARES), list(SHARES.values()))[0]
         town = [rng.randrange(4) for _ in NEWCOMERS] if split == "sft" else home
-        problems.append(toy_problem(f"toy-{split}-{i}", FAMILIES[i % 3], level, town, split, rng))
+        problems.append(toy_problem(f"toy-{split}-{i}", list(ANSWERS)[i % 3], level, town, split, rng))
     return problems
 
 
 def toy_call(problem: ToyProblem, candidate: int) -> str:
     """The tool call, as JSON text, that asks for one of the four candidates."""
-    number = next((word for word in problem.question.strip("?").split() if word.isdigit()), "")
-    if problem.category == "perception":
-        x, y = PLACES[candidate]
-        name, arguments = "image_zoom_in", {"bbox_2d": [x - 10, y - 10, x + 10, y + 10], "label": "flag"}
-    elif problem.category == "reasoning":
-        name, arguments = "python", {"code": f"print({number} % {BOXES[candidate]})"}
-    else:
-        name, arguments = "tavily-search", {"query": f"{HOSTS[candidate]} {number}", "max_results": 1}
+    number = re.search(r"\d+|$", problem.question)[0]
+    x, y = PLACES[candidate]
+    name, arguments = {
+        "perception": ("image_zoom_in", {"bbox_2d": [x - 10, y - 10, x + 10, y + 10], "label": "flag"}),
+        "reasoning": ("python", {"code": f"print({number} % {BOXES[candidate]})"}),
+        "search": ("tavily-search", {"query": f"{HOSTS[candidate]} {number}", "max_results": 1}),
+    }[problem.category]
     return json.dumps({"name": name, "arguments": arguments})
 
 
@@ -625,17 +611,19 @@ def toy_trajectories(count: int, seed: int, tools: ToolConfig) -> list[tuple[Toy
     while len(kept) < count:
         for problem in toy_problems("sft", count, rng.randrange(2**31)):
             candidate = rng.randrange(4) if problem.level == "known" else problem.right
-            if rng.random() < TOOL_TRIES[problem.level]:
-                answer, turns = problem.outcomes[candidate], [TOOL_TURN % toy_call(problem, candidate)]
+            if calls := rng.random() < TOOL_TRIES[problem.level]:
+                answer = problem.outcomes[candidate]
             else:
-                known = problem.level == "known"
-                answer, turns = problem.answers[0] if known else rng.choice(ANSWERS[problem.category]), []
-            if answer == problem.answers[0] and len(kept) < count:
-                if turns:
-                    with Toolbox(problem.images, tools) as toolbox:
-                        turns.append(toolbox.call(toy_call(problem, candidate)))
-                turns.append(ANSWER_TURN % ("It says" if turns else "It may be", answer, answer))
-                kept.append((problem, turns))
+                answer = problem.answers[0] if problem.level == "known" else rng.choice(ANSWERS[problem.category])
+            if answer != problem.answers[0] or len(kept) == count:
+                continue
+            turns: list[str | Observation] = []
+            if calls:
+                call = toy_call(problem, candidate)
+                with Toolbox(problem.images, tools) as toolbox:
+                    turns = [TOOL_TURN % call, toolbox.call(call)]
+            turns.append(ANSWER_TURN % ("It says" if calls else "It may be", answer, answer))
+            kept.append((problem, turns))
     return kept
 
 
@@ -667,11 +655,10 @@ def toy_tokenizer():
     words += [tool["function"]["name"] for tool in SCHEMAS]
     splits = pre_tokenizers.Split(Regex(rf"\b(?:{'|'.join(words)})\b|\d|\n+"), "isolated")
     before = pre_tokenizers.Sequence([splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    problems = [problem for split in ("sft", "train", "test") for problem in toy_problems(split, 60)]
+    problems = toy_problems("sft", 60)
     texts = [SYSTEM_PROMPT, *re.findall("'([^']*)'", CHAT_TEMPLATE), *map(json.dumps, SCHEMAS), *words]
-    texts += [problem.question for problem in problems]
-    texts += [TOOL_TURN % toy_call(problem, candidate) for problem in problems for candidate in range(4)]
-    texts += [ANSWER_TURN % (how, word, word) for how in ("It says", "It may be") for word in (*COLOURS, *TOWNS, "1")]
+    texts += [problem.question for problem in problems] + [TOOL_TURN % toy_call(problem, 0) for problem in problems]
+    texts += [ANSWER_TURN % (how, "red", "red") for how in ("It says", "It may be")]
     found = "1. {} fair 1\nhttps://fairs.example/{}/1\nHeld in\nImage 1: zoomed crop of image 0."
     texts += [found.format(host, host.lower()) for host in HOSTS]
     cut = "|".join(re.escape(token) for token in (*CONTROL_TOKENS, *TAG_TOKENS))
@@ -681,7 +668,7 @@ def toy_tokenizer():
     scores = [(c, -10.0) for c in alphabet] + [(p, -1.0) for p in sorted(pieces - set(alphabet))]
     core = Tokenizer(models.Unigram(scores, unk_id=0))
     core.pre_tokenizer, core.decoder = before, decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    core.add_special_tokens(list(CONTROL_TOKENS))
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAG_TOKENS])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -697,13 +684,12 @@ def toy_model(seed: int = 0):
 
     tokenizer = toy_tokenizer()
     token = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
-            "rope_parameters": rope, "initializer_range": 0.05, "pad_token_id": tokenizer.pad_token_id,
-            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+            "initializer_range": 0.05, "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": True,
         },
         vision_config={
             "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 96,
@@ -735,4 +721,4 @@ def toy_recipe(folder: Path) -> dict:
     }  # fmt: skip
 
 
-MADE |= {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}
+MADE = {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}  # name -> maker

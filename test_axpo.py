@@ -24,9 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
-import httpx2 as httpx
 import huggingface_hub
 import numpy as np
 import pyarrow.parquet
@@ -1916,7 +1916,7 @@ def test_transparent_pictures_are_put_on_white_and_broken_ones_named(tmp_path):
 ])  # fmt: skip
 def test_an_absent_or_refusing_hub_is_one_sentence(hub, monkeypatch, raised, message):
     def refuse(*args, **kwargs):
-        answer = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+        answer = SimpleNamespace(status_code=403, headers={}, request=None)
         raise getattr(huggingface_hub.errors, raised)("refused", response=answer)
 
     with pytest.raises(
@@ -1960,6 +1960,34 @@ def test_what_is_missing_or_broken_is_named(hub, name, change, message):
 def test_a_bad_jsonl_is_named(tmp_path, rows, message):
     with pytest.raises(data.DataError, match=message):
         data.load(own_file(tmp_path, *rows))
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "mine.json lacks question, answer"), (b"5", "row 1 of mine.json is no object"),
+    ('["é"]'.encode("latin-1"), "mine.json is not in UTF-8"),
+])  # fmt: skip
+def test_a_json_file_that_holds_no_rows_is_named(tmp_path, content, message):
+    (tmp_path / "mine.json").write_bytes(content)
+    with pytest.raises(data.DataError, match=message):
+        data.load(str(tmp_path / "mine.json"))
+
+
+def test_a_file_of_ones_own_is_not_taken_for_the_set_of_its_name(hub, tmp_path):
+    write_set(hub, "visualprobe")
+    row = {"question": "Q", "answer": "\\boxed{1} and \\boxed{2}", "images": ["one.png"]}
+    path = Path(own_file(tmp_path, row))
+    (tmp_path / "one.png").write_bytes(png(3))  # visualprobe has it too
+    path.write_text("\ufeff" + path.read_text())  # as some editors write UTF-8
+    path = path.rename(tmp_path / "fvqa.jsonl")
+    (problem,) = data.load(str(path))
+    assert problem.id == "fvqa/0" and problem.answers == (row["answer"],)  # two boxes are no answer in a box
+
+
+def test_a_broken_archive_is_named(hub):
+    write_set(hub, "virl39k")
+    hub.write("virl39k", "images.zip", b"no archive")
+    with pytest.raises(data.DataError, match="virl39k: an archive in .* is broken"):
+        data.load("virl39k")
 
 
 def test_an_unknown_name_lists_the_known_ones():
