@@ -1080,6 +1080,16 @@ def test_sandbox_leaves_nothing_two_seconds_after_the_trainer_was_killed(tool_co
         assert list(pool.map(left, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])) == [[], [], []]
 
 
+def test_sandbox_leaves_nothing_when_the_trainer_ends_before_its_zygote_is_ready(tool_config, tmp_path):
+    code = "import os, sys, threading, tools; threading.Timer(0.2, os._exit, (0,)).start()\ntools._Zygote(tools.ToolConfig(tool_cache=sys.argv[1]))"
+    command, folder = [sys.executable, "-c", code, tool_config.tool_cache], Path(tools.__file__).parent
+    subprocess.run(command, check=True, cwd=folder, env=os.environ | {"TMPDIR": str(tmp_path)})
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and os.listdir(tmp_path):
+        time.sleep(0.05)
+    assert os.listdir(tmp_path) == []
+
+
 def test_tool_python_keeps_64_sessions_apart_and_no_deadline_measures_the_queue(tool_config):
     toolboxes = [Toolbox([], tool_config) for _ in range(64)]
 

@@ -588,9 +588,9 @@ def start(config: ToolConfig) -> str:
 def _run_zygote(base: str) -> None:
     """Loads what the model's code needs, then forks a session per request until the trainer is gone."""
     trainer, parent, children = socket.socket(fileno=0), os.getppid(), set()
-    _preload()
-    trainer.send(b"ready")
     try:
+        _preload()
+        trainer.send(b"ready")
         # A fork of the trainer may hold the socket open, so its end is not the only sign that the trainer is gone.
         while os.getppid() == parent:
             while children and (dead := os.waitpid(-1, os.WNOHANG)[0]):
