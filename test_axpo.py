@@ -919,6 +919,11 @@ ODDITIES = {
     "folder bomb": ("import os\nfor i in range(1200): os.mkdir('d'); os.chdir('d')", "too many"),
     "file bomb": ("for i in range(3000): open(f'{i}', 'w')", "too many"),
     "disk bomb": ("for i in range(10): open(f'{i}', 'wb').write(bytes(6 * 10**7))", "too many"),
+    "deleted files kept open": ("f = []\nfor i in range(10): f.append(open('x', 'wb')); f[-1].write(bytes(6 * 10**7)); "
+                                "__import__('os').remove('x')", "too many"),
+    "died behind a picture": ("import json; from PIL import Image\nImage.new('RGB', (9, 9), 'red').show(); print('kept')\n"
+                              "json.dumps = None", "kept\nThe python process died"),
+    "exit with a text": ("import sys; sys.exit('no such egg')", "no such egg"),
     "torch": ("import torch; torch.zeros(1).cuda()", "Error"),
 }
 # fmt: on

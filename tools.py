@@ -411,7 +411,11 @@ class _Zygote:
         request |= {"images": config.observation_images, "memory": config.python_memory_mb * 2**20}
         with self._lock:
             self._socket.send(json.dumps(request).encode())
-            answer, descriptors, _, _ = socket.recv_fds(self._socket, 64, 3)
+            try:
+                answer, descriptors, _, _ = socket.recv_fds(self._socket, 64, 3)
+            except TimeoutError:
+                self.process.kill()  # its late answer would be taken for that to the next request
+                raise
         if not descriptors:
             raise ConnectionError("the zygote is gone")
         return folder, int(answer), descriptors
@@ -511,6 +515,12 @@ class _Session:
                     with suppress(FileNotFoundError):
                         size += entry.stat(follow_symlinks=False).st_size
                         folders += [entry.path] if entry.is_dir(follow_symlinks=False) else []
+        disk = os.stat(self.folder).st_dev
+        with suppress(OSError), os.scandir(f"/proc/{self.pid}/fd") as listing:  # a deleted file lives while it is open
+            for entry in listing:
+                with suppress(FileNotFoundError):
+                    found = entry.stat()
+                    size += found.st_size if found.st_nlink == 0 and found.st_dev == disk else 0
         threads = len(os.listdir(f"/proc/{self.pid}/task"))
         if threads > _MOST_THREADS or size > _MOST_BYTES or entries > _MOST_FILES:
             raise _Dead("The python process was killed: too many threads, files or bytes.")
@@ -684,8 +694,9 @@ def _run_session(options: dict, channel: int, output: int) -> None:
         pictures = [picture for picture in _shown if picture]
         reply = {"id": request["id"], "ok": ok, "timeout": timeout, "text": os.fstat(1).st_size}
         reply |= {"sizes": [picture.size for picture in pictures], "dropped": len(_shown) - len(pictures)}
+        message = json.dumps(reply).encode()  # first: what fails here must leave no pixels behind the text
         os.write(1, b"".join(picture.tobytes() for picture in pictures))
-        os.write(3, json.dumps(reply).encode())
+        os.write(3, message)
 
 
 def _execute(request: dict, names: dict, file: str) -> tuple[bool, bool]:
@@ -730,7 +741,9 @@ def _run_cell(request: dict, names: dict, file: str) -> bool:
         return True
     except _Timeout:
         raise
-    except SystemExit as stop:
+    except SystemExit as stop:  # exit("text") prints it
+        with suppress(Exception):  # the stream may be closed
+            print(stop.code if isinstance(stop.code, str) else "", end="")
         return not stop.code
     except BaseException as problem:
         trace = problem.__traceback__
