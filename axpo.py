@@ -70,6 +70,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.attention.bias import causal_lower_right
+from tqdm import tqdm
 
 import data
 from data import Problem
@@ -1758,9 +1759,15 @@ class Run:
     FREE = {"stage", "output_dir", "name", "save_every", "show_every", "log_with", "threads", "max_rows",
             "tool_threads", "micro_batch_tokens", "tool_cache", "gradient_checkpointing",
             "judge_url"}  # fmt: skip
+    LINE = (
+        "step {step:>4} | reward {reward:.2f} | tool {tool_use:4.0%} | all-wrong {all_wrong:4.0%} | "
+        "recovered {recovery:4.0%} by {prefixes:>2} | clip {clip_fraction:.1%} | kl {kl:.4f} | "
+        "length {response_length:3.0f} | cut {truncated:.0%} | {tokens_per_second:.0f} tok/s | "
+        "{rollout_seconds:.1f} + {resample_seconds:.1f} + {update_seconds:.1f} s"
+    )
 
     def __init__(self, folder: Path, cfg: Config, accelerator):
-        self.cfg, self.accelerator, self.folder, self.bar = cfg, accelerator, folder, None
+        self.cfg, self.accelerator, self.folder = cfg, accelerator, folder
         if not is_first():
             self.log = self.show = self.draw_curves = lambda *_: None
             return
@@ -1782,36 +1789,26 @@ class Run:
     def final(self, stage: str) -> Path:
         return self.folder / stage
 
-    def progress(self, title: str, start: int, steps: int):
-        from tqdm import tqdm
-
-        steps_left, silent = range(start, steps), not is_first()
-        self.bar = tqdm(steps_left, title, steps, initial=start, dynamic_ncols=True, disable=silent)
-        yield from self.bar
-        self.bar = None
+    def progress(self, title: str, start: int, steps: int) -> tqdm:
+        left, silent = range(start, steps), not is_first()
+        self.bar = tqdm(left, title, steps, initial=start, dynamic_ncols=True, disable=silent)
+        return self.bar
 
     def log(self, metrics: dict) -> None:
         """One line to metrics.jsonl, to the tracker and, but for SFT, to the screen. What is undefined (the accuracy
         with a tool where none was used) is null."""
-        metrics = {k: None if v != v else v for k, v in metrics.items()}
-        append_lines(self.folder / "metrics.jsonl", [metrics])
-        stage, step = metrics["stage"], metrics["step"]
-        values = {f"{stage}/{k}": v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
+        row = {k: None if v != v else v for k, v in metrics.items()}
+        append_lines(self.folder / "metrics.jsonl", [row])
+        stage, step = row["stage"], row["step"]
+        values = {f"{stage}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
         self.accelerator.log(values, step=step + (0 if stage == "sft" else self.cfg.sft_steps))  # trackers count on
         if stage == "sft":
             self.bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-            return
-        parts = {
-            "rl": "step {step:>4} | reward {reward:.2f} | tool {tool_use:4.0%} | all-wrong {all_wrong:4.0%} | "
-            "recovered {recovery:4.0%} by {prefixes:>2} | clip {clip_fraction:.1%} | kl {kl:.4f} | "
-            "length {response_length:3.0f} | cut {truncated:.0%} | {tokens_per_second:.0f} tok/s | "
-            "{rollout_seconds:.1f} + {resample_seconds:.1f} + {update_seconds:.1f} s",
-            "eval": "step {step:>4} | held out: " + " | ".join(f"{k} {{{k}:.1%}}" for k in metrics if "pass@" in k),
-        }[stage]
-        line = re.sub(
-            r"\{([^:}]+):([^}]+)\}", lambda m: "-" if metrics[m[1]] is None else f"{metrics[m[1]]:{m[2]}}", parts
-        )
-        print(line) if self.bar is None else self.bar.write(line)
+        elif stage == "eval":
+            shares = " | ".join(f"{k} {v:.1%}" for k, v in metrics.items() if "pass@" in k)
+            tqdm.write(f"step {step:>4} | held out: {shares}")
+        else:
+            tqdm.write(self.LINE.format(**metrics))
 
     def checkpoint(self, stage: str, step: int, policy: Policy, optimizer) -> None:
         """Save under a temporary name, rename when complete, then drop the one before: at no moment is there no whole
@@ -1868,61 +1865,45 @@ class Run:
         everyones(None)  # nobody looks for it before it is there
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
-        """Append one decoded group to rollouts.txt: one with a recovered prefix if there is one, as the trainer
-        sees it."""
-        recovered = [r.group for r in batch.resamples if r.recovered]
-        group = (recovered or [r.group for r in batch.resamples] or [0])[0]
-        problem = batch.groups[group][0].problem
+        """Append one decoded group to rollouts.txt, as the trainer sees it: one with a recovered prefix if there is
+        one."""
+        chosen = max(batch.resamples, key=lambda r: r.recovered, default=None)
+        problem = batch.groups[chosen.group if chosen else 0][0].problem
         lines = [f"{'=' * 40} step {step}: {problem.question} [{problem.answers[0]}]"]
-        for s in batch.streams:
-            if s.rollout.problem is problem:
-                lines.append(
-                    f"--- {s.kind}, reward {s.rollout.reward:.0f}, advantage {s.advantage:+.2f} on what stands in [[ ]]"
-                )
-                spans, r = [], s.rollout
-                for j in range(r.prompt_len, len(r.ids)):
-                    on = s.start <= j < s.end and r.mask[j] == 1
-                    if not spans or spans[-1][0] != on:
-                        spans.append((on, []))
-                    spans[-1][1].append(r.ids[j])
-                texts = ((on, policy.tokenizer.decode([i for i in ids if i != policy.image_id])) for on, ids in spans)
-                lines.append("".join(f"[[{text}]]" if on else text for on, text in texts))
+        for s in (s for s in batch.streams if s.rollout.problem is problem):
+            r = s.rollout
+            lines.append(f"--- {s.kind}, reward {r.reward:.0f}, advantage {s.advantage:+.2f} on what stands in [[ ]]\n")
+            for on, span in groupby(range(r.prompt_len, len(r.ids)), key=lambda j: s.start <= j < s.end and r.mask[j]):
+                text = policy.tokenizer.decode([r.ids[j] for j in span if r.ids[j] != policy.image_id])
+                lines[-1] += f"[[{text}]]" if on else text
         with open(self.folder / "rollouts.txt", "a") as file:
             file.write("\n".join(lines) + "\n\n")
 
     def draw_curves(self) -> None:
-        """curves.png from metrics.jsonl."""
-        import matplotlib
+        """curves.png from metrics.jsonl. A step is noisy: a line is a running mean over a twentieth of the steps."""
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        rows = [row for row in read_lines(self.folder / "metrics.jsonl") if row["stage"] != "sft"]
+        rows = list(read_lines(self.folder / "metrics.jsonl"))
         panels = {
-            "Rollouts that use a tool": ("tool_use",),
-            "All-wrong tool subgroups": ("all_wrong", "all_wrong_after"),
-            "Recovered subgroups": ("recovery",),
-            "Held-out problems": ("pass@1", f"pass@{self.cfg.eval_rollouts}"),
+            "Rollouts that use a tool": ("rl", "tool_use"),
+            "All-wrong tool subgroups": ("rl", "all_wrong", "all_wrong_after"),
+            "Recovered subgroups": ("rl", "recovery"),
+            "Held-out problems": ("eval", "pass@1", f"pass@{self.cfg.eval_rollouts}"),
         }
-        figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
-        for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        for axis, (title, (stage, *names)) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
             for name in names:
-                stage = "eval" if name.startswith("pass") else "rl"
                 points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and row[name] is not None]
                 steps, values = zip(*points) if points else ((), ())
-                if stage == "rl":  # a step is noisy: the line is a running mean over a twentieth of the steps
-                    axis.plot(steps, values, color="0.85", linewidth=0.8)
-                    window = max(1, len(values) // 20)
-                    values = [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-                axis.plot(steps, values, marker="o" if stage == "eval" else None, label=name)
+                window = max(1, len(values) // 20)
+                means = [mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
+                axis.plot(steps, values, color="0.85", linewidth=0.8)
+                axis.plot(steps, means, marker="o" if stage == "eval" else None, label=name)
             axis.set(title=title, ylim=(-0.02, 1.02))
             axis.legend(loc="best", frameon=False)
-        for axis in axes[1]:
-            axis.set_xlabel("RL step")
+        figure.supxlabel("RL step")
         figure.suptitle(f"{self.folder.name}: {self.cfg.algo}")
-        figure.savefig(self.folder / "curves.draft.png", dpi=110)
-        plt.close(figure)
-        os.replace(self.folder / "curves.draft.png", self.folder / "curves.png")
+        figure.savefig(self.folder / "curves.png", dpi=110)
 
 
 def read_lines(path: Path) -> Iterator[dict]:
