@@ -1503,10 +1503,8 @@ def train_sft(policy: Policy, rollouts: Sequence[Rollout], cfg: Config, run: Run
     """Cross-entropy on the assistant's tokens, the mean over all of a step's; prompts and observations are context
     only."""
     optimizer = make_optimizer(policy, cfg.sft_lr, cfg)
-    start = run.restore("sft", policy, optimizer)
-    for step in run.progress("SFT", start, cfg.sft_steps):
+    for step in run.steps("sft", policy, optimizer, cfg.sft_lr, cfg.sft_steps):
         began = time.time()
-        set_lr(optimizer, cfg.sft_lr, step, cfg.warmup_steps, cfg.sft_steps)
         drawn = [rollouts[i] for i in deal(draw(len(rollouts), cfg.sft_batch, step, cfg.seed))]
         streams = [Stream(r, r.prompt_len, len(r.ids), 1.0) for r in drawn]
         total = sum(everyones(sum(sum(r.mask) for r in drawn)))
@@ -1517,15 +1515,12 @@ def train_sft(policy: Policy, rollouts: Sequence[Rollout], cfg: Config, run: Run
 
         loss, norm = optimise(policy, optimizer, micro_batches(streams, cfg.micro_batch_tokens), part, cfg)
         run.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "seconds": time.time() - began})
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.sft_steps:
-            run.checkpoint("sft", step + 1, policy, optimizer)
 
 
 def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, cfg: Config, run: Run) -> None:
     """GRPO or AXPO from the given policy; the reference of the KL is the same, frozen."""
     optimizer = make_optimizer(policy, cfg.lr, cfg)
-    start = run.restore("rl", policy, optimizer)
-    for step in run.progress(cfg.algo.upper(), start, cfg.steps):
+    for step in run.steps("rl", policy, optimizer, cfg.lr, cfg.steps):
         if cfg.eval_every and held_out and step % cfg.eval_every == 0:
             with tempfile.TemporaryDirectory() as folder:
                 parts = evaluate(policy, held_out, cfg, Path(folder) / "rollouts.jsonl")
@@ -1537,7 +1532,6 @@ def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, c
             batch = axpo_batch(drawn, policy, cfg, step)
         metrics = {"stage": "rl", "step": step + 1} | batch_metrics(batch)
         rolled_out = time.time()
-        set_lr(optimizer, cfg.lr, step, cfg.warmup_steps, cfg.steps)
         total = len(drawn) * cfg.rollouts_per_question
         metrics |= update(policy, reference, optimizer, batch.streams, total, cfg)
         sampled = sum(everyones(sum(sum(r.mask[r.parent_len :]) for r in all_rollouts(batch))))
@@ -1547,8 +1541,7 @@ def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, c
             run.show(step + 1, batch, policy)
         del batch
         run.log(metrics)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            run.checkpoint("rl", step + 1, policy, optimizer)
+        if (step + 1) % cfg.save_every == 0:
             run.draw_curves()
 
 
@@ -1753,7 +1746,7 @@ class Run:
     """runs/NAME: config.json, metrics.jsonl, curves.png, rollouts.txt, results.md and .json, the rollouts of each
     evaluation, distilled trajectories, the checkpoints sft/ and rl/ (Hugging Face format) and, while a stage runs,
     STAGE.step-N/ with the optimizer beside the model. The same command started again, on any number of processes, goes
-    on from there. The first process writes; progress, checkpoint, restore and finish are collective."""
+    on from there. The first process writes."""
 
     # What may differ when a run goes on: it changes nothing, or nothing but rounding.
     FREE = {"stage", "output_dir", "name", "save_every", "show_every", "log_with", "threads", "max_rows",
@@ -1789,10 +1782,17 @@ class Run:
     def final(self, stage: str) -> Path:
         return self.folder / stage
 
-    def progress(self, title: str, start: int, steps: int) -> tqdm:
-        left, silent = range(start, steps), not is_first()
-        self.bar = tqdm(left, title, steps, initial=start, dynamic_ncols=True, disable=silent)
-        return self.bar
+    def steps(self, stage: str, policy: Policy, optimizer, lr: float, count: int) -> Iterator[int]:
+        """The steps of a stage that are still to be made, out of `count`: goes on from its last checkpoint, sets the
+        learning rate, saves on the way, and at the end the finished stage. Collective."""
+        start, silent = self.restore(stage, policy, optimizer), not is_first()
+        self.bar = tqdm(range(start, count), stage, count, initial=start, dynamic_ncols=True, disable=silent)
+        for step in self.bar:
+            set_lr(optimizer, lr, step, self.cfg.warmup_steps, count)
+            yield step
+            if (step + 1) % self.cfg.save_every == 0 and step + 1 < count:
+                self.checkpoint(stage, step + 1, policy, optimizer)
+        self.checkpoint(stage, count, policy)
 
     def log(self, metrics: dict) -> None:
         """One line to metrics.jsonl, to the tracker and, but for SFT, to the screen. What is undefined (the accuracy
@@ -1810,20 +1810,21 @@ class Run:
         else:
             tqdm.write(self.LINE.format(**metrics))
 
-    def checkpoint(self, stage: str, step: int, policy: Policy, optimizer) -> None:
-        """Save under a temporary name, rename when complete, then drop the one before: at no moment is there no whole
-        checkpoint."""
-        folder = self.folder / f"{stage}.step-{step:06d}"
+    def checkpoint(self, stage: str, step: int, policy: Policy, optimizer=None) -> None:
+        """Save STAGE.step-N with the optimizer or, without one, the finished STAGE: under a temporary name, renamed
+        when complete; only then drop the one before. At no moment is there no whole checkpoint. Collective."""
+        folder = self.folder / (f"{stage}.step-{step:06d}" if optimizer else stage)
         draft = folder.with_name(folder.name + ".draft")
         policy.save(draft)
-        moments = state_dict.get_optimizer_state_dict(policy.model, optimizer, options=WHOLE)
+        moments = optimizer and state_dict.get_optimizer_state_dict(policy.model, optimizer, options=WHOLE)
         if is_first():
-            shown = self.folder / "rollouts.txt"
-            state = {"step": step, "optimizer": moments, "shown": shown.stat().st_size if shown.exists() else 0}
-            torch.save(state, draft / "trainer.pt")
-            shutil.rmtree(folder, ignore_errors=True)
+            if optimizer:
+                shown = self.folder / "rollouts.txt"
+                state = {"step": step, "optimizer": moments, "shown": shown.stat().st_size if shown.exists() else 0}
+                torch.save(state, draft / "trainer.pt")
             draft.rename(folder)
             self.drop_steps(stage, folder)
+        everyones(None)  # nobody looks for it before it is there
 
     def drop_steps(self, stage: str, kept: Path | None = None) -> None:
         for old in self.folder.glob(f"{stage}.step-*"):
@@ -1834,35 +1835,23 @@ class Run:
         """Load the stage's last checkpoint, if any, and forget what was logged after it. Returns the step to go on
         with."""
         kept = everyones(sorted(p for p in self.folder.glob(f"{stage}.step-*") if p.suffix != ".draft"))[0]
-        step = 0
+        step = shown = 0
         if kept:
-            saved = load_policy(str(kept[-1]), self.cfg)
-            with torch.no_grad():
-                for parameter, value in zip(policy.model.parameters(), saved.model.parameters(), strict=True):
-                    parameter.copy_(value)
+            policy.model.load_state_dict(load_policy(str(kept[-1]), self.cfg).model.state_dict())
             state = torch.load(kept[-1] / "trainer.pt", map_location="cpu", mmap=True)
             whole = state_dict.StateDictOptions(full_state_dict=True, strict=False)
             state_dict.set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=whole)
             for name, weight in policy.model.named_parameters():  # one that never had a gradient has no moments
                 if name not in state["optimizer"]["state"]:
                     optimizer.state.pop(weight, None)
-            step = state["step"]
+            step, shown = state["step"], state["shown"]
             print(f"going on with {stage} after step {step}, from {kept[-1]}")
         if is_first():
             if stage == "rl" and (self.folder / "rollouts.txt").exists():
-                os.truncate(self.folder / "rollouts.txt", state["shown"] if kept else 0)
+                os.truncate(self.folder / "rollouts.txt", shown)
             last = {stage: step} | ({"eval": step - 1} if stage == "rl" else {})
             keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= last.get(row["stage"], row["step"]))
         return step
-
-    def finish(self, stage: str, policy: Policy) -> None:
-        """Keep the stage's model as runs/NAME/STAGE, without the optimizer."""
-        draft = self.folder / f"{stage}.draft"
-        policy.save(draft)
-        if is_first():
-            draft.rename(self.final(stage))
-            self.drop_steps(stage)
-        everyones(None)  # nobody looks for it before it is there
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
         """Append one decoded group to rollouts.txt, as the trainer sees it: one with a recovered prefix if there is
@@ -2388,7 +2377,6 @@ def main(cfg: Config) -> None:
                 share = mean(r.turns > 1 for r in rollouts)
                 print(f"{len(rollouts)} trajectories, {share:.0%} of them with a tool call")
             train_sft(policy, rollouts, cfg, run)
-            run.finish("sft", policy)
             loaded = "sft"
         assess("sft", "sft")
     if cfg.stage in ("all", "rl"):
@@ -2396,7 +2384,6 @@ def main(cfg: Config) -> None:
             start = str(run.final("sft")) if loaded else cfg.model
             reference = load_policy(start, cfg, trained=False) if cfg.beta else None
             train_rl(policy, reference, problems, held_out, cfg, run)
-            run.finish("rl", policy)
             loaded = "rl"
         finished = exists(run.final("rl") / "results.json")
         assess("rl", cfg.algo)
