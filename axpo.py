@@ -46,7 +46,7 @@ import time
 import unicodedata
 import urllib.request
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -1643,49 +1643,44 @@ def regrade(cfg: Config) -> None:
 
 
 def evaluation_parts(rows: Iterable[dict]) -> dict[str, dict]:
-    """`evaluation_metrics` of all sets together, of each, and of each category."""
-    kept = ("id", "reward", "stop", "calls", "response_length")
+    """`evaluation_metrics` of all sets together, of each, and of each category. A problem that lacks some of its
+    rollouts is left out."""
+    problems: dict[str, list[dict]] = {}
+    for row in rows:
+        slim = {name: row[name] for name in ("source", "category", "reward", "stop", "calls", "response_length")}
+        problems.setdefault(row["id"], []).append(slim)
+    if not problems:
+        raise ValueError("there is nothing to evaluate: the dump holds no rollout")
+    n = max(map(len, problems.values()))
+    complete = [rollouts for rollouts in problems.values() if len(rollouts) == n]
+    if len(complete) < len(problems):
+        print(f"{len(problems) - len(complete)} problems do not have all their rollouts and are left out")
     sets: dict[str, list] = {}
     categories: dict[str, list] = {}
-    for row in rows:
-        slim = {name: row[name] for name in kept}
-        sets.setdefault(row["source"], []).append(slim)
-        categories.setdefault(f"{row['source']}/{row['category']}", []).append(slim)
-    if not sets:
-        raise ValueError("there is nothing to evaluate: the dump holds no rollout")
-    counts = Counter(row["id"] for part in sets.values() for row in part)
-    if unfinished := {name for name, count in counts.items() if count < max(counts.values())}:
-        print(f"{len(unfinished)} problems do not have all their rollouts and are left out")
-        for part in (*sets.values(), *categories.values()):
-            part[:] = [row for row in part if row["id"] not in unfinished]
-        sets, categories = ({k: part for k, part in parts.items() if part} for parts in (sets, categories))
-    parts = {"all": evaluation_metrics(list(sets.values()))}
-    several = sets if len(sets) > 1 else {}
-    return parts | {
-        name: evaluation_metrics([part])
-        for name, part in sorted([*several.items(), *categories.items()])
-        if not name.endswith("/")
-    }
+    for rollouts in complete:
+        source, category = rollouts[0]["source"], rollouts[0]["category"]
+        sets.setdefault(source, []).append(rollouts)
+        if category:
+            categories.setdefault(f"{source}/{category}", []).append(rollouts)
+    parts = sorted((categories | sets if len(sets) > 1 else categories).items())
+    return {"all": evaluation_metrics(list(sets.values()))} | {k: evaluation_metrics([part]) for k, part in parts}
 
 
-def evaluation_metrics(sets: Sequence[Sequence[dict]]) -> dict:
-    """One row of the evaluation's table: the mean over the sets of what each has, with 95 % intervals of a bootstrap
-    over problems. Shares are of 1."""
+def evaluation_metrics(sets: Sequence[Sequence[list[dict]]]) -> dict:
+    """One row of the evaluation's table, from the n rollouts of each problem of each set: the mean over the sets of
+    what each has, with 95 % intervals of a bootstrap over problems. Shares are of 1."""
+    n = len(sets[0][0])
+    names = ("pass@1", f"pass@{n}")
     columns: list[dict[str, float]] = []
-    draws: dict[str, list] = {}
+    draws: list[np.ndarray] = []  # (2, 1000) of each set
     rng = np.random.default_rng(0)
-    for rows in sets:
-        groups: dict[str, list[float]] = {}
-        for row in rows:
-            groups.setdefault(row["id"], []).append(row["reward"])
-        n = min(map(len, groups.values()))
-        again = rng.integers(len(groups), size=(1000, len(groups)))
-        passes = {"pass@1": [mean(rewards) for rewards in groups.values()]}
-        passes[f"pass@{n}"] = [pass_at_k(len(x), int(sum(x)), n) for x in groups.values()]
-        for name, values in passes.items():
-            draws.setdefault(name, []).append(np.array(values)[again].mean(1))
+    for problems in sets:
+        rights = [int(sum(row["reward"] for row in rollouts)) for rollouts in problems]
+        passes = np.array([[pass_at_k(n, right, k) for right in rights] for k in (1, n)])
+        draws.append(passes[:, rng.integers(len(problems), size=(1000, len(problems)))].mean(2))
+        rows = [row for rollouts in problems for row in rollouts]
         columns.append(
-            {name: mean(values) for name, values in passes.items()}
+            dict(zip(names, passes.mean(1).tolist()))
             | {
                 "tool_use": mean(bool(row["calls"]) for row in rows),
                 "right_with_tool": mean(row["reward"] for row in rows if row["calls"]),
@@ -1695,44 +1690,35 @@ def evaluation_metrics(sets: Sequence[Sequence[dict]]) -> dict:
             }
         )
     means = {name: mean(c[name] for c in columns if c[name] == c[name]) for name in columns[0]}
-    intervals = {name: np.percentile(np.mean(d, 0), (2.5, 97.5)).tolist() for name, d in draws.items()}
-    return {"problems": len({row["id"] for rows in sets for row in rows})} | means | {"intervals": intervals}
-
-
-def table(results: dict[str, dict[str, dict]]) -> str:
-    """{checkpoint: what evaluate returned} as a Markdown table, the checkpoints of one data set below each other."""
-    counts = ("problems", "response_length")
-    rows = [row for parts in results.values() for row in parts.values()]
-    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if c != "intervals"]
-    lines = ["| data | checkpoint | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-
-    def cell(row: dict, name: str) -> str:
-        value = row.get(name, math.nan)
-        if value != value:
-            return "-"
-        low_high = row.get("intervals", {}).get(name)
-        interval = " [{:.1f}, {:.1f}]".format(*(100 * x for x in low_high)) if low_high else ""
-        return f"{value:.0f}" if name in counts else f"{100 * value:.1f} %{interval}"
-
-    for part in dict.fromkeys(p for parts in results.values() for p in parts):
-        for checkpoint, parts in results.items():
-            if part in parts:
-                lines.append(f"| {part} | {checkpoint} | " + " | ".join(cell(parts[part], c) for c in columns) + " |")
-    return "\n".join(lines)
+    intervals = np.percentile(np.mean(draws, 0), (2.5, 97.5), axis=1).T.tolist()
+    return {"problems": sum(map(len, sets))} | means | {"intervals": dict(zip(names, intervals))}
 
 
 def save_results(results: dict[str, dict[str, dict]], path: Path, cfg: Config, billions: float = 0.0) -> str:
-    """Write the table (Markdown) to `path` and the numbers beside it (JSON), and return the table. Where all nine sets
-    were evaluated, the paper's figures for the nearest model size (0: every size) stand below."""
+    """{checkpoint: what evaluate returned} as a Markdown table, the checkpoints of one data set below each other,
+    written to `path`, the numbers beside it as JSON. Where all nine sets were evaluated, the paper's figures for the
+    nearest model size (0: every size) stand below. Returns the table."""
     sets = {part.split("/")[0] for parts in results.values() for part in parts}
     if sets.issuperset(data.MIXES["paper-eval"].split(",")):
         for size in [min(PAPER, key=lambda size: abs(size - billions))] if billions else PAPER:
-            for name, figures in PAPER[size].items():
-                row = dict(zip(("pass@1", "pass@4"), (figure / 100 for figure in figures)))
-                results = results | {f"paper, {name}": {"all": row}}
-    text = table(results)
-    if sets.intersection(JUDGED) and not cfg.judge_url:
-        text = re.sub(rf"^\| ({'|'.join(JUDGED)}|all)(?=[ /])", r"| \1*", text, flags=re.MULTILINE)
+            for name, (first, fourth) in PAPER[size].items():
+                results = results | {f"paper, {name}": {"all": {"pass@1": first / 100, "pass@4": fourth / 100}}}
+    undecided = {*JUDGED, "all"} if sets.intersection(JUDGED) and not cfg.judge_url else ()
+    columns = dict.fromkeys(c for parts in results.values() for row in parts.values() for c in row if c != "intervals")
+
+    def cell(row: dict, name: str) -> str:
+        value, ends = row.get(name, math.nan), row.get("intervals", {}).get(name)
+        if value != value:
+            return "-"
+        interval = " [{:.1f}, {:.1f}]".format(*(100 * x for x in ends)) if ends else ""
+        return f"{value:.0f}" if name in ("problems", "response_length") else f"{100 * value:.1f} %{interval}"
+
+    rows = [["data", "checkpoint", *columns], ["---"] * (2 + len(columns))]
+    for part in dict.fromkeys(part for parts in results.values() for part in parts):
+        label = part + "*" * (part.split("/")[0] in undecided)
+        rows += [[label, k, *(cell(p[part], c) for c in columns)] for k, p in results.items() if part in p]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if undecided:
         text += f"\n\n\\* {', '.join(JUDGED)}: by exact match and token F1, for want of a judge (--judge_url)"
     write(path, text + "\n")
     write(path.with_suffix(".json"), json.dumps(results, indent=1))
