@@ -1397,12 +1397,13 @@ def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path)
 
 def balance(path: Path, seed: int) -> Path:
     """Write as many of the trajectories with a tool as without, drawn with the seed, to NAME.balanced.jsonl."""
-    used = [row["used_tool"] for row in read_lines(path)]
-    if not (fewer := min(used.count(True), used.count(False))):
-        print(f"of {len(used)} trajectories {used.count(True)} use a tool: there is nothing to balance")
-        return path
+    used = np.array([row["used_tool"] for row in read_lines(path)], dtype=bool)
     rng = np.random.default_rng(seed)
-    kept = {i for kind in (True, False) for i in rng.permutation([i for i, u in enumerate(used) if u is kind])[:fewer]}
+    kinds = [rng.permutation(np.flatnonzero(used == kind)) for kind in (True, False)]
+    if not (fewer := min(map(len, kinds))):
+        print(f"of {len(used)} trajectories {used.sum()} use a tool: there is nothing to balance")
+        return path
+    kept = {*kinds[0][:fewer], *kinds[1][:fewer]}
     target = path.with_suffix(".balanced.jsonl")
     replace_lines(target, (row for i, row in enumerate(read_lines(path)) if i in kept))
     return target
@@ -1432,51 +1433,42 @@ def to_messages(policy: Policy, rollout: Rollout, folder: Path) -> list[dict]:
 
 
 class TrajectoryFile(Sequence):
-    """The rows {messages} of a JSONL file as rollouts, each read and encoded when drawn. All are checked first."""
+    """The rows {messages} of a JSONL file as rollouts. All are read and checked at once; each is encoded, with its
+    images, when drawn."""
 
     def __init__(self, path: Path, policy: Policy):
-        self.path, self.policy, self.places, place, number = path, policy, [], 0, 0
+        self.policy, self.trajectories = policy, []
         for number, row in enumerate(read_lines(path), 1):
             try:
-                _, turns = data.read_trajectory(row, path.parent)
+                problem, turns = data.read_trajectory(row, path.parent)
                 said = "".join(turn for turn in turns if isinstance(turn, str))
                 if tags := [tag for tag in FORBIDDEN if tag in said]:
                     raise ValueError(f"the assistant says {tags[0]}")
             except (LookupError, TypeError, AttributeError, ValueError) as error:
                 what = f"lacks {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{path}: trajectory {number} is not in the message format: {what}") from error
-        with open(path, "rb") as file:
-            for line in file:
-                self.places += [place] if line.strip() else []
-                place += len(line)
-        del self.places[number:]  # a last line that a kill cut short
-        if not self.places:
+            self.trajectories.append((problem, turns))
+        if not self.trajectories:
             raise ValueError(f"{path} holds no trajectory")
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.trajectories)
 
     def __getitem__(self, i: int) -> Rollout:
-        with open(self.path, "rb") as file:
-            file.seek(self.places[i])
-            problem, turns = data.read_trajectory(json.loads(file.readline()), self.path.parent)
-        images = ([] if isinstance(turn, str) else [data.open_image(path) for path in turn.images] for turn in turns)
-        turns = [turn if isinstance(turn, str) else replace(turn, images=found) for turn, found in zip(turns, images)]
-        return to_rollout(self.policy, problem, turns)
+        return to_rollout(self.policy, *self.trajectories[i])
 
 
 def leave_out_solved(problems: Sequence[Problem], files: str) -> list[Problem]:
     """The paper's filter, from stats files: without what the student (first file) always and the teacher (second file)
     never solved."""
     paths = [Path(part.strip()) for part in files.split(",")]
-    rows = [(k, row) for k, path in enumerate(paths) for row in read_lines(path)]
-    if (
-        not rows
-        or len(paths) > 2
-        or not all(isinstance(row, dict) and row.keys() >= {"id", "solved", "n"} for _, row in rows)
-    ):
+    try:
+        rows = [(row["id"], row["solved"], 0 if k else row["n"]) for k, p in enumerate(paths) for row in read_lines(p)]
+    except (LookupError, TypeError):
+        rows = []
+    if not rows or len(paths) > 2:
         raise ValueError(f"--keep_unsolved {files}: give one or two stats files, with rows of id, solved and n")
-    dropped = {row["id"] for k, row in rows if row["solved"] == (row["n"] if k == 0 else 0)}
+    dropped = {name for name, solved, useless in rows if solved == useless}
     kept = [problem for problem in problems if problem.id not in dropped]
     if not kept:
         raise ValueError(f"--keep_unsolved {files} leaves none of {len(problems)} problems")
@@ -1486,15 +1478,14 @@ def leave_out_solved(problems: Sequence[Problem], files: str) -> list[Problem]:
 
 def to_rollout(policy: Policy, problem: Problem, turns: Sequence[str | Observation]) -> Rollout:
     """A trajectory in text (assistant, observation, assistant, ...) as the rollout it would have been, the assistant's
-    tokens masked 1."""
+    tokens masked 1. An observation's images may be files."""
     rollout = policy.prompt(problem)
     for turn in turns:
         if isinstance(turn, Observation):
-            policy.observe(rollout, turn.text, [policy.encode_image(image) for image in turn.images], sys.maxsize)
+            images = [data.open_image(image) if isinstance(image, Path) else image for image in turn.images]
+            policy.observe(rollout, turn.text, [policy.encode_image(image) for image in images], sys.maxsize)
         else:
             ids = policy.encode(turn)
-            if not torch.isfinite(policy.bias[ids]).all():
-                raise ValueError(f"a turn of {problem.id} holds a token that may not be sampled: {turn[:200]!r}")
             rollout.append(ids if ids[-1] == policy.call_close else [*ids, policy.end], mask=1)
     return rollout
 
