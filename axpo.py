@@ -1490,6 +1490,16 @@ def to_rollout(policy: Policy, problem: Problem, turns: Sequence[str | Observati
     return rollout
 
 
+def sft_rollouts(policy: Policy, cfg: Config) -> Sequence[Rollout]:
+    """What SFT learns from: a file of trajectories, or what the toy world's teacher writes."""
+    if cfg.trajectories:
+        return TrajectoryFile(Path(cfg.trajectories), policy)
+    written = data.toy_trajectories(cfg.sft_trajectories, cfg.seed, cfg)
+    share = mean(len(turns) > 1 for _, turns in written)
+    print(f"{len(written)} trajectories, {share:.0%} of them with a tool call")
+    return [to_rollout(policy, *trajectory) for trajectory in written]
+
+
 def train_sft(policy: Policy, rollouts: Sequence[Rollout], cfg: Config, run: Run) -> None:
     """Cross-entropy on the assistant's tokens, the mean over all of a step's; prompts and observations are context
     only."""
@@ -1739,7 +1749,7 @@ class Run:
     def __init__(self, folder: Path, cfg: Config, accelerator):
         self.cfg, self.accelerator, self.folder = cfg, accelerator, folder
         if not is_first():
-            self.log = self.show = self.draw_curves = lambda *_: None
+            self.log = self.forget = self.show = self.draw_curves = lambda *_: None
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.json"
@@ -1751,13 +1761,9 @@ class Run:
                     was = f"{folder} was begun with --{key} {before[key]!r}, not {value!r}"
                     raise ValueError(f"{was}: give another --name, or delete the folder")
         write(path, json.dumps(asdict(cfg), indent=1))
-        (folder / "metrics.jsonl").touch()
         for stage in ("sft", "rl"):  # left by a kill just after the stage's end
-            if self.final(stage).exists():
+            if (folder / stage).exists():
                 self.drop_steps(stage)
-
-    def final(self, stage: str) -> Path:
-        return self.folder / stage
 
     def steps(self, stage: str, policy: Policy, optimizer, lr: float, count: int) -> Iterator[int]:
         """The steps of a stage that are still to be made, out of `count`: goes on from its last checkpoint, sets the
@@ -1823,12 +1829,14 @@ class Run:
                     optimizer.state.pop(weight, None)
             step, shown = state["step"], state["shown"]
             print(f"going on with {stage} after step {step}, from {kept[-1]}")
-        if is_first():
-            if stage == "rl" and (self.folder / "rollouts.txt").exists():
-                os.truncate(self.folder / "rollouts.txt", shown)
-            last = {stage: step} | ({"eval": step - 1} if stage == "rl" else {})
-            keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= last.get(row["stage"], row["step"]))
+        self.forget({stage: step} | ({"eval": step - 1} if stage == "rl" else {}))
+        if is_first() and stage == "rl" and (self.folder / "rollouts.txt").exists():
+            os.truncate(self.folder / "rollouts.txt", shown)
         return step
+
+    def forget(self, last: dict[str, int]) -> None:
+        """Drop what metrics.jsonl has of these stages after their last step."""
+        keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= last.get(row["stage"], row["step"]))
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
         """Append one decoded group to rollouts.txt, as the trainer sees it: one with a recovered prefix if there is
@@ -2279,6 +2287,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def main(cfg: Config) -> None:
+    """Run the stages, each from where a kill left it. Collective."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
     from transformers.utils import logging
@@ -2310,12 +2319,12 @@ def main(cfg: Config) -> None:
         """As the first process sees it, so that all go the same way. Collective."""
         return everyones(path.exists())[0]
 
+    sft, rl = folder / "sft", folder / "rl"
     # A later stage of a run goes on from what its earlier one left.
-    loaded = "sft" if cfg.stage in ("all", "rl") and exists(folder / "sft") else ""
-    if cfg.stage == "rl" and not loaded and any(folder.glob("sft.step-*")):
+    loaded = str(sft) if cfg.stage in ("all", "rl") and exists(sft) else cfg.model
+    if cfg.stage == "rl" and not sft.exists() and any(folder.glob("sft.step-*")):
         raise ValueError(f"SFT of {folder} is not finished: finish it with --stage sft, or give RL another --name")
-    trained = cfg.stage not in ("distil", "eval")
-    policy = load_policy(str(folder / loaded) if loaded else cfg.model, cfg, trained)
+    policy = load_policy(loaded, cfg, trained=cfg.stage not in ("distil", "eval"))
     run = Run(folder, cfg, accelerator)  # from here on, and not before, the folder is this run's
     print(f"run: {folder}")
     if tracker:
@@ -2324,20 +2333,13 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--log_with {tracker} needs the package {tracker}: pip install {tracker}")
     results = {}
 
-    def assess(stage: str, title: str) -> None:
-        """Evaluate the checkpoint that a stage left, once."""
+    def assess(checkpoint: Path, title: str) -> None:
+        """Evaluate what a stage left."""
         nonlocal policy, loaded
-        if not held_out:
-            return
-        path = run.final(stage) / "results.json"
-        if exists(path):
-            results[title] = json.loads(path.read_text())
-            return
-        if loaded != stage:
-            policy, loaded = load_policy(str(run.final(stage)), cfg, trained=False), stage
-        results[title] = evaluate(policy, held_out, cfg, run.final(stage) / "rollouts.jsonl")
-        if is_first():
-            write(path, json.dumps(results[title]))
+        if held_out and loaded != str(checkpoint):
+            policy, loaded = load_policy(str(checkpoint), cfg, trained=False), str(checkpoint)
+        if held_out:
+            results[title] = evaluate(policy, held_out, cfg, checkpoint / "rollouts.jsonl")
 
     if cfg.stage == "distil":
         path = folder / "trajectories.jsonl"
@@ -2345,26 +2347,18 @@ def main(cfg: Config) -> None:
         if is_first():
             print(f"right trajectories: {balance(path, cfg.seed) if cfg.distil_balance else path}")
     if cfg.stage in ("all", "sft"):
-        if not exists(run.final("sft")):
-            if cfg.trajectories:
-                rollouts = TrajectoryFile(Path(cfg.trajectories), policy)
-            else:
-                trajectories = data.toy_trajectories(cfg.sft_trajectories, cfg.seed, cfg)
-                rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
-                share = mean(r.turns > 1 for r in rollouts)
-                print(f"{len(rollouts)} trajectories, {share:.0%} of them with a tool call")
-            train_sft(policy, rollouts, cfg, run)
-            loaded = "sft"
-        assess("sft", "sft")
+        if not exists(sft):
+            train_sft(policy, sft_rollouts(policy, cfg), cfg, run)
+            loaded = str(sft)
+        assess(sft, "sft")
     if cfg.stage in ("all", "rl"):
-        if not exists(run.final("rl")):
-            start = str(run.final("sft")) if loaded else cfg.model
-            reference = load_policy(start, cfg, trained=False) if cfg.beta else None
+        if not exists(rl):
+            reference = load_policy(loaded, cfg, trained=False) if cfg.beta else None
             train_rl(policy, reference, problems, held_out, cfg, run)
-            loaded = "rl"
-        finished = exists(run.final("rl") / "results.json")
-        assess("rl", cfg.algo)
-        if not finished and held_out:
+            loaded = str(rl)
+        assess(rl, cfg.algo)
+        if held_out:
+            run.forget({"eval": cfg.steps - 1})
             run.log({"stage": "eval", "step": cfg.steps} | results[cfg.algo]["all"])
         run.draw_curves()
     if cfg.stage == "eval":
