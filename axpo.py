@@ -1405,7 +1405,7 @@ def balance(path: Path, seed: int) -> Path:
         return path
     kept = {*kinds[0][:fewer], *kinds[1][:fewer]}
     target = path.with_suffix(".balanced.jsonl")
-    replace_lines(target, (row for i, row in enumerate(read_lines(path)) if i in kept))
+    write(target, (json.dumps(row) + "\n" for i, row in enumerate(read_lines(path)) if i in kept))
     return target
 
 
@@ -1566,7 +1566,6 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     rollouts = [r for group in batch.groups for r in group]
     users = [[r.reward for r in group if r.used_tool] for group in batch.groups]
     others = [[r.reward for r in group if not r.used_tool] for group in batch.groups]
-    wrong = {q for q, rewards in enumerate(users) if rewards and not any(rewards)}
     recovered = {r.group for r in batch.resamples if r.recovered}
     values = {
         "reward": [r.reward for r in rollouts],
@@ -1576,7 +1575,7 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
         "all_wrong": [not any(x) for x in users if x],
         "all_wrong_no_tool": [not any(x) for x in others if x],
         "all_wrong_after": [not any(x) and q not in recovered for q, x in enumerate(users) if x],
-        "recovery": [q in recovered for q in wrong],
+        "recovery": [q in recovered for q, x in enumerate(users) if x and not any(x)],
         "prefix_recovery": [r.recovered for r in batch.resamples],
         "same_reward": [len({r.reward for r in group}) == 1 for group in batch.groups],
         "response_length": [len(r.ids) - r.prompt_len for r in rollouts],
@@ -1671,28 +1670,24 @@ def evaluation_metrics(sets: Sequence[Sequence[list[dict]]]) -> dict:
     """One row of the evaluation's table, from the n rollouts of each problem of each set: the mean over the sets of
     what each has, with 95 % intervals of a bootstrap over problems. Shares are of 1."""
     n = len(sets[0][0])
-    names = ("pass@1", f"pass@{n}")
-    columns: list[dict[str, float]] = []
-    draws: list[np.ndarray] = []  # (2, 1000) of each set
-    rng = np.random.default_rng(0)
+    columns, draws, rng = [], [], np.random.default_rng(0)
     for problems in sets:
-        rights = [int(sum(row["reward"] for row in rollouts)) for rollouts in problems]
-        passes = np.array([[pass_at_k(n, right, k) for right in rights] for k in (1, n)])
-        draws.append(passes[:, rng.integers(len(problems), size=(1000, len(problems)))].mean(2))
         rows = [row for rollouts in problems for row in rollouts]
-        columns.append(
-            dict(zip(names, passes.mean(1).tolist()))
-            | {
-                "tool_use": mean(bool(row["calls"]) for row in rows),
-                "right_with_tool": mean(row["reward"] for row in rows if row["calls"]),
-                "right_without": mean(row["reward"] for row in rows if not row["calls"]),
-                "truncated": mean(row["stop"] in ("length", "turns") for row in rows),
-                "response_length": mean(row["response_length"] for row in rows),
-            }
-        )
+        rights = [int(sum(row["reward"] for row in rollouts)) for rollouts in problems]
+        values = {f"pass@{k}": [pass_at_k(n, right, k) for right in rights] for k in (1, n)}
+        again = rng.integers(len(problems), size=(1000, len(problems)))
+        draws.append({name: np.array(x)[again].mean(1) for name, x in values.items()})
+        values |= {
+            "tool_use": [bool(row["calls"]) for row in rows],
+            "right_with_tool": [row["reward"] for row in rows if row["calls"]],
+            "right_without": [row["reward"] for row in rows if not row["calls"]],
+            "truncated": [row["stop"] != "answer" for row in rows],
+            "response_length": [row["response_length"] for row in rows],
+        }
+        columns.append({name: mean(x) for name, x in values.items()})
     means = {name: mean(c[name] for c in columns if c[name] == c[name]) for name in columns[0]}
-    intervals = np.percentile(np.mean(draws, 0), (2.5, 97.5), axis=1).T.tolist()
-    return {"problems": sum(map(len, sets))} | means | {"intervals": dict(zip(names, intervals))}
+    intervals = {k: np.percentile(np.mean([d[k] for d in draws], 0), (2.5, 97.5)).tolist() for k in draws[0]}
+    return {"problems": sum(map(len, sets))} | means | {"intervals": intervals}
 
 
 def save_results(results: dict[str, dict[str, dict]], path: Path, cfg: Config, billions: float = 0.0) -> str:
@@ -1721,8 +1716,8 @@ def save_results(results: dict[str, dict[str, dict]], path: Path, cfg: Config, b
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     if undecided:
         text += f"\n\n\\* {', '.join(JUDGED)}: by exact match and token F1, for want of a judge (--judge_url)"
-    write(path, text + "\n")
-    write(path.with_suffix(".json"), json.dumps(results, indent=1))
+    write(path, [text, "\n"])
+    write(path.with_suffix(".json"), [json.dumps(results, indent=1)])
     return text
 
 
@@ -1760,7 +1755,7 @@ class Run:
                 if key not in self.FREE | of_stage and before.get(key, value) != value:
                     was = f"{folder} was begun with --{key} {before[key]!r}, not {value!r}"
                     raise ValueError(f"{was}: give another --name, or delete the folder")
-        write(path, json.dumps(asdict(cfg), indent=1))
+        write(path, [json.dumps(asdict(cfg), indent=1)])
         for stage in ("sft", "rl"):  # left by a kill just after the stage's end
             if (folder / stage).exists():
                 self.drop_steps(stage)
@@ -1899,24 +1894,17 @@ def append_lines(path: Path, rows: Iterable[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def replace_lines(path: Path, rows: Iterable[dict]) -> None:
-    """Write a JSONL file whole, or not at all; the rows may be read from its old self."""
-    draft = path.with_name(path.name + ".draft")
-    with open(draft, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(draft, path)
-
-
 def keep_lines(path: Path, wanted) -> None:
     """Rewrite a JSONL file, new if need be, with the wanted rows alone; it can be appended to afterwards."""
     path.touch()
-    replace_lines(path, filter(wanted, read_lines(path)))
+    write(path, (json.dumps(row) + "\n" for row in read_lines(path) if wanted(row)))
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file whole, or not at all."""
+def write(path: Path, parts: Iterable[str]) -> None:
+    """Replace a file whole, or not at all; the parts may be made from its old self."""
     draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
+    with open(draft, "w") as file:
+        file.writelines(parts)
     os.replace(draft, path)
 
 
