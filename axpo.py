@@ -1414,10 +1414,8 @@ def to_messages(policy: Policy, rollout: Rollout, folder: Path) -> list[dict]:
     `folder`, in which they are stored under their digests."""
 
     def content(images: Sequence, text: str) -> list[dict]:
-        return [
-            *({"type": "image", "image": data.store_image(i, folder)} for i in images),
-            {"type": "text", "text": text},
-        ]
+        stored = [{"type": "image", "image": data.store_image(image, folder)} for image in images]
+        return [*stored, {"type": "text", "text": text}]
 
     messages = [{"role": "system", "content": data.SYSTEM_PROMPT}]
     messages.append({"role": "user", "content": content(rollout.problem.images, rollout.problem.question)})
@@ -1811,7 +1809,7 @@ class Run:
 
     def restore(self, stage: str, policy: Policy, optimizer) -> int:
         """Load the stage's last checkpoint, if any, and forget what was logged after it. Returns the step to go on
-        with."""
+        with. Collective."""
         kept = everyones(sorted(p for p in self.folder.glob(f"{stage}.step-*") if p.suffix != ".draft"))[0]
         step = shown = 0
         if kept:
@@ -2264,10 +2262,9 @@ def parse(arguments: Sequence[str]) -> Config:
 
     parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
     parser.error = lambda message: stop(f"{message} (--help explains every option)")
-    if "-h" not in arguments and "--help" not in arguments:
-        first = parser.parse_known_args(arguments)[0]
-        if (first.data or first.model) in ("toy", "toy-test") and not first.regrade:
-            parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
+    first = parser.parse_known_args(arguments)[0]
+    if (first.data or first.model) in ("toy", "toy-test") and not first.regrade:
+        parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
     try:
         return parser.parse_args_into_dataclasses(arguments)[0]
     except ValueError as error:
@@ -2303,14 +2300,11 @@ def main(cfg: Config) -> None:
             problems = leave_out_solved(problems, cfg.keep_unsolved) if cfg.keep_unsolved else problems
         print(start_tools(cfg))
 
-    def exists(path: Path) -> bool:
-        """As the first process sees it, so that all go the same way. Collective."""
-        return everyones(path.exists())[0]
-
     sft, rl = folder / "sft", folder / "rl"
+    there = everyones({path.name for path in folder.glob("*")})[0]  # for the first process, so that all go its way
     # A later stage of a run goes on from what its earlier one left.
-    loaded = str(sft) if cfg.stage in ("all", "rl") and exists(sft) else cfg.model
-    if cfg.stage == "rl" and not sft.exists() and any(folder.glob("sft.step-*")):
+    loaded = str(sft) if cfg.stage in ("all", "rl") and "sft" in there else cfg.model
+    if cfg.stage == "rl" and "sft" not in there and any(name.startswith("sft.step-") for name in there):
         raise ValueError(f"SFT of {folder} is not finished: finish it with --stage sft, or give RL another --name")
     policy = load_policy(loaded, cfg, trained=cfg.stage not in ("distil", "eval"))
     run = Run(folder, cfg, accelerator)  # from here on, and not before, the folder is this run's
@@ -2335,12 +2329,12 @@ def main(cfg: Config) -> None:
         if is_first():
             print(f"right trajectories: {balance(path, cfg.seed) if cfg.distil_balance else path}")
     if cfg.stage in ("all", "sft"):
-        if not exists(sft):
+        if "sft" not in there:
             train_sft(policy, sft_rollouts(policy, cfg), cfg, run)
             loaded = str(sft)
         assess(sft, "sft")
     if cfg.stage in ("all", "rl"):
-        if not exists(rl):
+        if "rl" not in there:
             reference = load_policy(loaded, cfg, trained=False) if cfg.beta else None
             train_rl(policy, reference, problems, held_out, cfg, run)
             loaded = str(rl)
