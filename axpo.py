@@ -2186,7 +2186,7 @@ def plan(config, gpus: int, memory: float, prompt: int, response: int, micro_bat
     layer = 2 * tokens * (10 * text.hidden_size + 5 * heads + 8 * kv + 4 * text.intermediate_size)
     cached = 2 * 2 * text.num_hidden_layers * kv  # bytes of a token
     parts = {"weights": 4 * count / gpus, "adamw": 8 * count / gpus, "reference": 2 * count / gpus}
-    room = 0.9e9 * memory - sum(parts.values())
+    held, room = sum(parts.values()), 0.9e9 * memory
     parts |= {
         "gradients": 4 * count / gpus,
         "gathered": 2 * count,
@@ -2194,12 +2194,10 @@ def plan(config, gpus: int, memory: float, prompt: int, response: int, micro_bat
         "activations": 2 * tokens * text.hidden_size * text.num_hidden_layers + layer + 3 * 4 * 2048 * text.vocab_size,
         "row": cached * (response + 1 + prompt / siblings) + 32 * text.vocab_size,  # 32: while sampling
     }
-    update = sum(parts[name] for name in ("gradients", "gathered", "gathered_gradients", "activations"))
-    parts["update"] = 0.9e9 * memory - room + update
-    rows = max(0, int((room - parts["gathered"]) / parts["row"]))
-    return {k: v / 1e9 for k, v in parts.items()} | {
-        "parameters": count / 1e9, "rows": rows, "fits": rows > 0 and update <= room
-    }  # fmt: skip
+    parts["update"] = sum(parts.values()) - parts["row"]
+    rows = max(0, int((room - held - parts["gathered"]) / parts["row"]))
+    fits = rows > 0 and parts["update"] <= room
+    return {k: v / 1e9 for k, v in parts.items()} | {"parameters": count / 1e9, "rows": rows, "fits": fits}
 
 
 def print_plan(cfg: Config) -> None:
