@@ -46,7 +46,7 @@ import time
 import unicodedata
 import urllib.request
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -70,6 +70,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.attention.bias import causal_lower_right
+from tqdm import tqdm
 
 import data
 from data import Problem
@@ -1399,14 +1400,15 @@ def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path)
 
 def balance(path: Path, seed: int) -> Path:
     """Write as many of the trajectories with a tool as without, drawn with the seed, to NAME.balanced.jsonl."""
-    used = [row["used_tool"] for row in read_lines(path)]
-    if not (fewer := min(used.count(True), used.count(False))):
-        print(f"of {len(used)} trajectories {used.count(True)} use a tool: there is nothing to balance")
-        return path
+    used = np.array([row["used_tool"] for row in read_lines(path)], dtype=bool)
     rng = np.random.default_rng(seed)
-    kept = {i for kind in (True, False) for i in rng.permutation([i for i, u in enumerate(used) if u is kind])[:fewer]}
+    kinds = [rng.permutation(np.flatnonzero(used == kind)) for kind in (True, False)]
+    if not (fewer := min(map(len, kinds))):
+        print(f"of {len(used)} trajectories {used.sum()} use a tool: there is nothing to balance")
+        return path
+    kept = {*kinds[0][:fewer], *kinds[1][:fewer]}
     target = path.with_suffix(".balanced.jsonl")
-    replace_lines(target, (row for i, row in enumerate(read_lines(path)) if i in kept))
+    write(target, (json.dumps(row) + "\n" for i, row in enumerate(read_lines(path)) if i in kept))
     return target
 
 
@@ -1415,10 +1417,8 @@ def to_messages(policy: Policy, rollout: Rollout, folder: Path) -> list[dict]:
     `folder`, in which they are stored under their digests."""
 
     def content(images: Sequence, text: str) -> list[dict]:
-        return [
-            *({"type": "image", "image": data.store_image(i, folder)} for i in images),
-            {"type": "text", "text": text},
-        ]
+        stored = [{"type": "image", "image": data.store_image(image, folder)} for image in images]
+        return [*stored, {"type": "text", "text": text}]
 
     messages = [{"role": "system", "content": data.SYSTEM_PROMPT}]
     messages.append({"role": "user", "content": content(rollout.problem.images, rollout.problem.question)})
@@ -1434,51 +1434,42 @@ def to_messages(policy: Policy, rollout: Rollout, folder: Path) -> list[dict]:
 
 
 class TrajectoryFile(Sequence):
-    """The rows {messages} of a JSONL file as rollouts, each read and encoded when drawn. All are checked first."""
+    """The rows {messages} of a JSONL file as rollouts. All are read and checked at once; each is encoded, with its
+    images, when drawn."""
 
     def __init__(self, path: Path, policy: Policy):
-        self.path, self.policy, self.places, place, number = path, policy, [], 0, 0
+        self.policy, self.trajectories = policy, []
         for number, row in enumerate(read_lines(path), 1):
             try:
-                _, turns = data.read_trajectory(row, path.parent)
+                problem, turns = data.read_trajectory(row, path.parent)
                 said = "".join(turn for turn in turns if isinstance(turn, str))
                 if tags := [tag for tag in FORBIDDEN if tag in said]:
                     raise ValueError(f"the assistant says {tags[0]}")
             except (LookupError, TypeError, AttributeError, ValueError) as error:
                 what = f"lacks {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{path}: trajectory {number} is not in the message format: {what}") from error
-        with open(path, "rb") as file:
-            for line in file:
-                self.places += [place] if line.strip() else []
-                place += len(line)
-        del self.places[number:]  # a last line that a kill cut short
-        if not self.places:
+            self.trajectories.append((problem, turns))
+        if not self.trajectories:
             raise ValueError(f"{path} holds no trajectory")
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.trajectories)
 
     def __getitem__(self, i: int) -> Rollout:
-        with open(self.path, "rb") as file:
-            file.seek(self.places[i])
-            problem, turns = data.read_trajectory(json.loads(file.readline()), self.path.parent)
-        images = ([] if isinstance(turn, str) else [data.open_image(path) for path in turn.images] for turn in turns)
-        turns = [turn if isinstance(turn, str) else replace(turn, images=found) for turn, found in zip(turns, images)]
-        return to_rollout(self.policy, problem, turns)
+        return to_rollout(self.policy, *self.trajectories[i])
 
 
 def leave_out_solved(problems: Sequence[Problem], files: str) -> list[Problem]:
     """The paper's filter, from stats files: without what the student (first file) always and the teacher (second file)
     never solved."""
     paths = [Path(part.strip()) for part in files.split(",")]
-    rows = [(k, row) for k, path in enumerate(paths) for row in read_lines(path)]
-    if (
-        not rows
-        or len(paths) > 2
-        or not all(isinstance(row, dict) and row.keys() >= {"id", "solved", "n"} for _, row in rows)
-    ):
+    try:
+        rows = [(row["id"], row["solved"], 0 if k else row["n"]) for k, p in enumerate(paths) for row in read_lines(p)]
+    except (LookupError, TypeError):
+        rows = []
+    if not rows or len(paths) > 2:
         raise ValueError(f"--keep_unsolved {files}: give one or two stats files, with rows of id, solved and n")
-    dropped = {row["id"] for k, row in rows if row["solved"] == (row["n"] if k == 0 else 0)}
+    dropped = {name for name, solved, useless in rows if solved == useless}
     kept = [problem for problem in problems if problem.id not in dropped]
     if not kept:
         raise ValueError(f"--keep_unsolved {files} leaves none of {len(problems)} problems")
@@ -1488,27 +1479,34 @@ def leave_out_solved(problems: Sequence[Problem], files: str) -> list[Problem]:
 
 def to_rollout(policy: Policy, problem: Problem, turns: Sequence[str | Observation]) -> Rollout:
     """A trajectory in text (assistant, observation, assistant, ...) as the rollout it would have been, the assistant's
-    tokens masked 1."""
+    tokens masked 1. An observation's images may be files."""
     rollout = policy.prompt(problem)
     for turn in turns:
         if isinstance(turn, Observation):
-            policy.observe(rollout, turn.text, [policy.encode_image(image) for image in turn.images], sys.maxsize)
+            images = [data.open_image(image) if isinstance(image, Path) else image for image in turn.images]
+            policy.observe(rollout, turn.text, [policy.encode_image(image) for image in images], sys.maxsize)
         else:
             ids = policy.encode(turn)
-            if not torch.isfinite(policy.bias[ids]).all():
-                raise ValueError(f"a turn of {problem.id} holds a token that may not be sampled: {turn[:200]!r}")
             rollout.append(ids if ids[-1] == policy.call_close else [*ids, policy.end], mask=1)
     return rollout
+
+
+def sft_rollouts(policy: Policy, cfg: Config) -> Sequence[Rollout]:
+    """What SFT learns from: a file of trajectories, or what the toy world's teacher writes."""
+    if cfg.trajectories:
+        return TrajectoryFile(Path(cfg.trajectories), policy)
+    written = data.toy_trajectories(cfg.sft_trajectories, cfg.seed, cfg)
+    share = mean(len(turns) > 1 for _, turns in written)
+    print(f"{len(written)} trajectories, {share:.0%} of them with a tool call")
+    return [to_rollout(policy, *trajectory) for trajectory in written]
 
 
 def train_sft(policy: Policy, rollouts: Sequence[Rollout], cfg: Config, run: Run) -> None:
     """Cross-entropy on the assistant's tokens, the mean over all of a step's; prompts and observations are context
     only."""
     optimizer = make_optimizer(policy, cfg.sft_lr, cfg)
-    start = run.restore("sft", policy, optimizer)
-    for step in run.progress("SFT", start, cfg.sft_steps):
+    for step in run.steps("sft", policy, optimizer, cfg.sft_lr, cfg.sft_steps):
         began = time.time()
-        set_lr(optimizer, cfg.sft_lr, step, cfg.warmup_steps, cfg.sft_steps)
         drawn = [rollouts[i] for i in deal(draw(len(rollouts), cfg.sft_batch, step, cfg.seed))]
         streams = [Stream(r, r.prompt_len, len(r.ids), 1.0) for r in drawn]
         total = sum(everyones(sum(sum(r.mask) for r in drawn)))
@@ -1519,15 +1517,12 @@ def train_sft(policy: Policy, rollouts: Sequence[Rollout], cfg: Config, run: Run
 
         loss, norm = optimise(policy, optimizer, micro_batches(streams, cfg.micro_batch_tokens), part, cfg)
         run.log({"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "seconds": time.time() - began})
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.sft_steps:
-            run.checkpoint("sft", step + 1, policy, optimizer)
 
 
 def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, cfg: Config, run: Run) -> None:
     """GRPO or AXPO from the given policy; the reference of the KL is the same, frozen."""
     optimizer = make_optimizer(policy, cfg.lr, cfg)
-    start = run.restore("rl", policy, optimizer)
-    for step in run.progress(cfg.algo.upper(), start, cfg.steps):
+    for step in run.steps("rl", policy, optimizer, cfg.lr, cfg.steps):
         if cfg.eval_every and held_out and step % cfg.eval_every == 0:
             with tempfile.TemporaryDirectory() as folder:
                 parts = evaluate(policy, held_out, cfg, Path(folder) / "rollouts.jsonl")
@@ -1539,7 +1534,6 @@ def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, c
             batch = axpo_batch(drawn, policy, cfg, step)
         metrics = {"stage": "rl", "step": step + 1} | batch_metrics(batch)
         rolled_out = time.time()
-        set_lr(optimizer, cfg.lr, step, cfg.warmup_steps, cfg.steps)
         total = len(drawn) * cfg.rollouts_per_question
         metrics |= update(policy, reference, optimizer, batch.streams, total, cfg)
         sampled = sum(everyones(sum(sum(r.mask[r.parent_len :]) for r in all_rollouts(batch))))
@@ -1549,8 +1543,7 @@ def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, c
             run.show(step + 1, batch, policy)
         del batch
         run.log(metrics)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            run.checkpoint("rl", step + 1, policy, optimizer)
+        if (step + 1) % cfg.save_every == 0:
             run.draw_curves()
 
 
@@ -1574,7 +1567,6 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     rollouts = [r for group in batch.groups for r in group]
     users = [[r.reward for r in group if r.used_tool] for group in batch.groups]
     others = [[r.reward for r in group if not r.used_tool] for group in batch.groups]
-    wrong = {q for q, rewards in enumerate(users) if rewards and not any(rewards)}
     recovered = {r.group for r in batch.resamples if r.recovered}
     values = {
         "reward": [r.reward for r in rollouts],
@@ -1584,7 +1576,7 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
         "all_wrong": [not any(x) for x in users if x],
         "all_wrong_no_tool": [not any(x) for x in others if x],
         "all_wrong_after": [not any(x) and q not in recovered for q, x in enumerate(users) if x],
-        "recovery": [q in recovered for q in wrong],
+        "recovery": [q in recovered for q, x in enumerate(users) if x and not any(x)],
         "prefix_recovery": [r.recovered for r in batch.resamples],
         "same_reward": [len({r.reward for r in group}) == 1 for group in batch.groups],
         "response_length": [len(r.ids) - r.prompt_len for r in rollouts],
@@ -1652,99 +1644,81 @@ def regrade(cfg: Config) -> None:
 
 
 def evaluation_parts(rows: Iterable[dict]) -> dict[str, dict]:
-    """`evaluation_metrics` of all sets together, of each, and of each category."""
-    kept = ("id", "reward", "stop", "calls", "response_length")
+    """`evaluation_metrics` of all sets together, of each, and of each category. A problem that lacks some of its
+    rollouts is left out."""
+    problems: dict[str, list[dict]] = {}
+    for row in rows:
+        slim = {name: row[name] for name in ("source", "category", "reward", "stop", "calls", "response_length")}
+        problems.setdefault(row["id"], []).append(slim)
+    if not problems:
+        raise ValueError("there is nothing to evaluate: the dump holds no rollout")
+    n = max(map(len, problems.values()))
+    complete = [rollouts for rollouts in problems.values() if len(rollouts) == n]
+    if len(complete) < len(problems):
+        print(f"{len(problems) - len(complete)} problems do not have all their rollouts and are left out")
     sets: dict[str, list] = {}
     categories: dict[str, list] = {}
-    for row in rows:
-        slim = {name: row[name] for name in kept}
-        sets.setdefault(row["source"], []).append(slim)
-        categories.setdefault(f"{row['source']}/{row['category']}", []).append(slim)
-    if not sets:
-        raise ValueError("there is nothing to evaluate: the dump holds no rollout")
-    counts = Counter(row["id"] for part in sets.values() for row in part)
-    if unfinished := {name for name, count in counts.items() if count < max(counts.values())}:
-        print(f"{len(unfinished)} problems do not have all their rollouts and are left out")
-        for part in (*sets.values(), *categories.values()):
-            part[:] = [row for row in part if row["id"] not in unfinished]
-        sets, categories = ({k: part for k, part in parts.items() if part} for parts in (sets, categories))
-    parts = {"all": evaluation_metrics(list(sets.values()))}
-    several = sets if len(sets) > 1 else {}
-    return parts | {
-        name: evaluation_metrics([part])
-        for name, part in sorted([*several.items(), *categories.items()])
-        if not name.endswith("/")
-    }
+    for rollouts in complete:
+        source, category = rollouts[0]["source"], rollouts[0]["category"]
+        sets.setdefault(source, []).append(rollouts)
+        if category:
+            categories.setdefault(f"{source}/{category}", []).append(rollouts)
+    parts = sorted((categories | sets if len(sets) > 1 else categories).items())
+    return {"all": evaluation_metrics(list(sets.values()))} | {k: evaluation_metrics([part]) for k, part in parts}
 
 
-def evaluation_metrics(sets: Sequence[Sequence[dict]]) -> dict:
-    """One row of the evaluation's table: the mean over the sets of what each has, with 95 % intervals of a bootstrap
-    over problems. Shares are of 1."""
-    columns: list[dict[str, float]] = []
-    draws: dict[str, list] = {}
-    rng = np.random.default_rng(0)
-    for rows in sets:
-        groups: dict[str, list[float]] = {}
-        for row in rows:
-            groups.setdefault(row["id"], []).append(row["reward"])
-        n = min(map(len, groups.values()))
-        again = rng.integers(len(groups), size=(1000, len(groups)))
-        passes = {"pass@1": [mean(rewards) for rewards in groups.values()]}
-        passes[f"pass@{n}"] = [pass_at_k(len(x), int(sum(x)), n) for x in groups.values()]
-        for name, values in passes.items():
-            draws.setdefault(name, []).append(np.array(values)[again].mean(1))
-        columns.append(
-            {name: mean(values) for name, values in passes.items()}
-            | {
-                "tool_use": mean(bool(row["calls"]) for row in rows),
-                "right_with_tool": mean(row["reward"] for row in rows if row["calls"]),
-                "right_without": mean(row["reward"] for row in rows if not row["calls"]),
-                "truncated": mean(row["stop"] in ("length", "turns") for row in rows),
-                "response_length": mean(row["response_length"] for row in rows),
-            }
-        )
+def evaluation_metrics(sets: Sequence[Sequence[list[dict]]]) -> dict:
+    """One row of the evaluation's table, from the n rollouts of each problem of each set: the mean over the sets of
+    what each has, with 95 % intervals of a bootstrap over problems. Shares are of 1."""
+    n = len(sets[0][0])
+    columns, draws, rng = [], [], np.random.default_rng(0)
+    for problems in sets:
+        rows = [row for rollouts in problems for row in rollouts]
+        rights = [int(sum(row["reward"] for row in rollouts)) for rollouts in problems]
+        values = {f"pass@{k}": [pass_at_k(n, right, k) for right in rights] for k in (1, n)}
+        again = rng.integers(len(problems), size=(1000, len(problems)))
+        draws.append({name: np.array(x)[again].mean(1) for name, x in values.items()})
+        values |= {
+            "tool_use": [bool(row["calls"]) for row in rows],
+            "right_with_tool": [row["reward"] for row in rows if row["calls"]],
+            "right_without": [row["reward"] for row in rows if not row["calls"]],
+            "truncated": [row["stop"] != "answer" for row in rows],
+            "response_length": [row["response_length"] for row in rows],
+        }
+        columns.append({name: mean(x) for name, x in values.items()})
     means = {name: mean(c[name] for c in columns if c[name] == c[name]) for name in columns[0]}
-    intervals = {name: np.percentile(np.mean(d, 0), (2.5, 97.5)).tolist() for name, d in draws.items()}
-    return {"problems": len({row["id"] for rows in sets for row in rows})} | means | {"intervals": intervals}
-
-
-def table(results: dict[str, dict[str, dict]]) -> str:
-    """{checkpoint: what evaluate returned} as a Markdown table, the checkpoints of one data set below each other."""
-    counts = ("problems", "response_length")
-    rows = [row for parts in results.values() for row in parts.values()]
-    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if c != "intervals"]
-    lines = ["| data | checkpoint | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-
-    def cell(row: dict, name: str) -> str:
-        value = row.get(name, math.nan)
-        if value != value:
-            return "-"
-        low_high = row.get("intervals", {}).get(name)
-        interval = " [{:.1f}, {:.1f}]".format(*(100 * x for x in low_high)) if low_high else ""
-        return f"{value:.0f}" if name in counts else f"{100 * value:.1f} %{interval}"
-
-    for part in dict.fromkeys(p for parts in results.values() for p in parts):
-        for checkpoint, parts in results.items():
-            if part in parts:
-                lines.append(f"| {part} | {checkpoint} | " + " | ".join(cell(parts[part], c) for c in columns) + " |")
-    return "\n".join(lines)
+    intervals = {k: np.percentile(np.mean([d[k] for d in draws], 0), (2.5, 97.5)).tolist() for k in draws[0]}
+    return {"problems": sum(map(len, sets))} | means | {"intervals": intervals}
 
 
 def save_results(results: dict[str, dict[str, dict]], path: Path, cfg: Config, billions: float = 0.0) -> str:
-    """Write the table (Markdown) to `path` and the numbers beside it (JSON), and return the table. Where all nine sets
-    were evaluated, the paper's figures for the nearest model size (0: every size) stand below."""
+    """{checkpoint: what evaluate returned} as a Markdown table, the checkpoints of one data set below each other,
+    written to `path`, the numbers beside it as JSON. Where all nine sets were evaluated, the paper's figures for the
+    nearest model size (0: every size) stand below. Returns the table."""
     sets = {part.split("/")[0] for parts in results.values() for part in parts}
     if sets.issuperset(data.MIXES["paper-eval"].split(",")):
         for size in [min(PAPER, key=lambda size: abs(size - billions))] if billions else PAPER:
-            for name, figures in PAPER[size].items():
-                row = dict(zip(("pass@1", "pass@4"), (figure / 100 for figure in figures)))
-                results = results | {f"paper, {name}": {"all": row}}
-    text = table(results)
-    if sets.intersection(JUDGED) and not cfg.judge_url:
-        text = re.sub(rf"^\| ({'|'.join(JUDGED)}|all)(?=[ /])", r"| \1*", text, flags=re.MULTILINE)
+            for name, (first, fourth) in PAPER[size].items():
+                results = results | {f"paper, {name}": {"all": {"pass@1": first / 100, "pass@4": fourth / 100}}}
+    undecided = {*JUDGED, "all"} if sets.intersection(JUDGED) and not cfg.judge_url else ()
+    columns = dict.fromkeys(c for parts in results.values() for row in parts.values() for c in row if c != "intervals")
+
+    def cell(row: dict, name: str) -> str:
+        value, ends = row.get(name, math.nan), row.get("intervals", {}).get(name)
+        if value != value:
+            return "-"
+        interval = " [{:.1f}, {:.1f}]".format(*(100 * x for x in ends)) if ends else ""
+        return f"{value:.0f}" if name in ("problems", "response_length") else f"{100 * value:.1f} %{interval}"
+
+    rows = [["data", "checkpoint", *columns], ["---"] * (2 + len(columns))]
+    for part in dict.fromkeys(part for parts in results.values() for part in parts):
+        label = part + "*" * (part.split("/")[0] in undecided)
+        rows += [[label, k, *(cell(p[part], c) for c in columns)] for k, p in results.items() if part in p]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if undecided:
         text += f"\n\n\\* {', '.join(JUDGED)}: by exact match and token F1, for want of a judge (--judge_url)"
-    write(path, text + "\n")
-    write(path.with_suffix(".json"), json.dumps(results, indent=1))
+    write(path, [text, "\n"])
+    write(path.with_suffix(".json"), [json.dumps(results, indent=1)])
     return text
 
 
@@ -1755,17 +1729,23 @@ class Run:
     """runs/NAME: config.json, metrics.jsonl, curves.png, rollouts.txt, results.md and .json, the rollouts of each
     evaluation, distilled trajectories, the checkpoints sft/ and rl/ (Hugging Face format) and, while a stage runs,
     STAGE.step-N/ with the optimizer beside the model. The same command started again, on any number of processes, goes
-    on from there. The first process writes; progress, checkpoint, restore and finish are collective."""
+    on from there. The first process writes."""
 
     # What may differ when a run goes on: it changes nothing, or nothing but rounding.
     FREE = {"stage", "output_dir", "name", "save_every", "show_every", "log_with", "threads", "max_rows",
             "tool_threads", "micro_batch_tokens", "tool_cache", "gradient_checkpointing",
             "judge_url"}  # fmt: skip
+    LINE = (
+        "step {step:>4} | reward {reward:.2f} | tool {tool_use:4.0%} | all-wrong {all_wrong:4.0%} | "
+        "recovered {recovery:4.0%} by {prefixes:>2} | clip {clip_fraction:.1%} | kl {kl:.4f} | "
+        "length {response_length:3.0f} | cut {truncated:.0%} | {tokens_per_second:.0f} tok/s | "
+        "{rollout_seconds:.1f} + {resample_seconds:.1f} + {update_seconds:.1f} s"
+    )
 
     def __init__(self, folder: Path, cfg: Config, accelerator):
-        self.cfg, self.accelerator, self.folder, self.bar = cfg, accelerator, folder, None
+        self.cfg, self.accelerator, self.folder = cfg, accelerator, folder
         if not is_first():
-            self.log = self.show = self.draw_curves = lambda *_: None
+            self.log = self.forget = self.show = self.draw_curves = lambda *_: None
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.json"
@@ -1776,60 +1756,54 @@ class Run:
                 if key not in self.FREE | of_stage and before.get(key, value) != value:
                     was = f"{folder} was begun with --{key} {before[key]!r}, not {value!r}"
                     raise ValueError(f"{was}: give another --name, or delete the folder")
-        write(path, json.dumps(asdict(cfg), indent=1))
-        (folder / "metrics.jsonl").touch()
+        write(path, [json.dumps(asdict(cfg), indent=1)])
         for stage in ("sft", "rl"):  # left by a kill just after the stage's end
-            if self.final(stage).exists():
+            if (folder / stage).exists():
                 self.drop_steps(stage)
 
-    def final(self, stage: str) -> Path:
-        return self.folder / stage
-
-    def progress(self, title: str, start: int, steps: int):
-        from tqdm import tqdm
-
-        steps_left, silent = range(start, steps), not is_first()
-        self.bar = tqdm(steps_left, title, steps, initial=start, dynamic_ncols=True, disable=silent)
-        yield from self.bar
-        self.bar = None
+    def steps(self, stage: str, policy: Policy, optimizer, lr: float, count: int) -> Iterator[int]:
+        """The steps of a stage that are still to be made, out of `count`: goes on from its last checkpoint, sets the
+        learning rate, saves on the way, and at the end the finished stage. Collective."""
+        start, silent = self.restore(stage, policy, optimizer), not is_first()
+        self.bar = tqdm(range(start, count), stage, count, initial=start, dynamic_ncols=True, disable=silent)
+        for step in self.bar:
+            set_lr(optimizer, lr, step, self.cfg.warmup_steps, count)
+            yield step
+            if (step + 1) % self.cfg.save_every == 0 and step + 1 < count:
+                self.checkpoint(stage, step + 1, policy, optimizer)
+        self.checkpoint(stage, count, policy)
 
     def log(self, metrics: dict) -> None:
         """One line to metrics.jsonl, to the tracker and, but for SFT, to the screen. What is undefined (the accuracy
         with a tool where none was used) is null."""
-        metrics = {k: None if v != v else v for k, v in metrics.items()}
-        append_lines(self.folder / "metrics.jsonl", [metrics])
-        stage, step = metrics["stage"], metrics["step"]
-        values = {f"{stage}/{k}": v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
+        row = {k: None if v != v else v for k, v in metrics.items()}
+        append_lines(self.folder / "metrics.jsonl", [row])
+        stage, step = row["stage"], row["step"]
+        values = {f"{stage}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
         self.accelerator.log(values, step=step + (0 if stage == "sft" else self.cfg.sft_steps))  # trackers count on
         if stage == "sft":
             self.bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-            return
-        parts = {
-            "rl": "step {step:>4} | reward {reward:.2f} | tool {tool_use:4.0%} | all-wrong {all_wrong:4.0%} | "
-            "recovered {recovery:4.0%} by {prefixes:>2} | clip {clip_fraction:.1%} | kl {kl:.4f} | "
-            "length {response_length:3.0f} | cut {truncated:.0%} | {tokens_per_second:.0f} tok/s | "
-            "{rollout_seconds:.1f} + {resample_seconds:.1f} + {update_seconds:.1f} s",
-            "eval": "step {step:>4} | held out: " + " | ".join(f"{k} {{{k}:.1%}}" for k in metrics if "pass@" in k),
-        }[stage]
-        line = re.sub(
-            r"\{([^:}]+):([^}]+)\}", lambda m: "-" if metrics[m[1]] is None else f"{metrics[m[1]]:{m[2]}}", parts
-        )
-        print(line) if self.bar is None else self.bar.write(line)
+        elif stage == "eval":
+            shares = " | ".join(f"{k} {v:.1%}" for k, v in metrics.items() if "pass@" in k)
+            tqdm.write(f"step {step:>4} | held out: {shares}")
+        else:
+            tqdm.write(self.LINE.format(**metrics))
 
-    def checkpoint(self, stage: str, step: int, policy: Policy, optimizer) -> None:
-        """Save under a temporary name, rename when complete, then drop the one before: at no moment is there no whole
-        checkpoint."""
-        folder = self.folder / f"{stage}.step-{step:06d}"
+    def checkpoint(self, stage: str, step: int, policy: Policy, optimizer=None) -> None:
+        """Save STAGE.step-N with the optimizer or, without one, the finished STAGE: under a temporary name, renamed
+        when complete; only then drop the one before. At no moment is there no whole checkpoint. Collective."""
+        folder = self.folder / (f"{stage}.step-{step:06d}" if optimizer else stage)
         draft = folder.with_name(folder.name + ".draft")
         policy.save(draft)
-        moments = state_dict.get_optimizer_state_dict(policy.model, optimizer, options=WHOLE)
+        moments = optimizer and state_dict.get_optimizer_state_dict(policy.model, optimizer, options=WHOLE)
         if is_first():
-            shown = self.folder / "rollouts.txt"
-            state = {"step": step, "optimizer": moments, "shown": shown.stat().st_size if shown.exists() else 0}
-            torch.save(state, draft / "trainer.pt")
-            shutil.rmtree(folder, ignore_errors=True)
+            if optimizer:
+                shown = self.folder / "rollouts.txt"
+                state = {"step": step, "optimizer": moments, "shown": shown.stat().st_size if shown.exists() else 0}
+                torch.save(state, draft / "trainer.pt")
             draft.rename(folder)
             self.drop_steps(stage, folder)
+        everyones(None)  # nobody looks for it before it is there
 
     def drop_steps(self, stage: str, kept: Path | None = None) -> None:
         for old in self.folder.glob(f"{stage}.step-*"):
@@ -1838,94 +1812,68 @@ class Run:
 
     def restore(self, stage: str, policy: Policy, optimizer) -> int:
         """Load the stage's last checkpoint, if any, and forget what was logged after it. Returns the step to go on
-        with."""
+        with. Collective."""
         kept = everyones(sorted(p for p in self.folder.glob(f"{stage}.step-*") if p.suffix != ".draft"))[0]
-        step = 0
+        step = shown = 0
         if kept:
-            saved = load_policy(str(kept[-1]), self.cfg)
-            with torch.no_grad():
-                for parameter, value in zip(policy.model.parameters(), saved.model.parameters(), strict=True):
-                    parameter.copy_(value)
+            policy.model.load_state_dict(load_policy(str(kept[-1]), self.cfg).model.state_dict())
             state = torch.load(kept[-1] / "trainer.pt", map_location="cpu", mmap=True)
             whole = state_dict.StateDictOptions(full_state_dict=True, strict=False)
             state_dict.set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=whole)
             for name, weight in policy.model.named_parameters():  # one that never had a gradient has no moments
                 if name not in state["optimizer"]["state"]:
                     optimizer.state.pop(weight, None)
-            step = state["step"]
+            step, shown = state["step"], state["shown"]
             print(f"going on with {stage} after step {step}, from {kept[-1]}")
-        if is_first():
-            if stage == "rl" and (self.folder / "rollouts.txt").exists():
-                os.truncate(self.folder / "rollouts.txt", state["shown"] if kept else 0)
-            last = {stage: step} | ({"eval": step - 1} if stage == "rl" else {})
-            keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= last.get(row["stage"], row["step"]))
+        self.forget({stage: step} | ({"eval": step - 1} if stage == "rl" else {}))
+        if is_first() and stage == "rl" and (self.folder / "rollouts.txt").exists():
+            os.truncate(self.folder / "rollouts.txt", shown)
         return step
 
-    def finish(self, stage: str, policy: Policy) -> None:
-        """Keep the stage's model as runs/NAME/STAGE, without the optimizer."""
-        draft = self.folder / f"{stage}.draft"
-        policy.save(draft)
-        if is_first():
-            draft.rename(self.final(stage))
-            self.drop_steps(stage)
-        everyones(None)  # nobody looks for it before it is there
+    def forget(self, last: dict[str, int]) -> None:
+        """Drop what metrics.jsonl has of these stages after their last step."""
+        keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= last.get(row["stage"], row["step"]))
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
-        """Append one decoded group to rollouts.txt: one with a recovered prefix if there is one, as the trainer
-        sees it."""
-        recovered = [r.group for r in batch.resamples if r.recovered]
-        group = (recovered or [r.group for r in batch.resamples] or [0])[0]
-        problem = batch.groups[group][0].problem
+        """Append one decoded group to rollouts.txt, as the trainer sees it: one with a recovered prefix if there is
+        one."""
+        chosen = max(batch.resamples, key=lambda r: r.recovered, default=None)
+        problem = batch.groups[chosen.group if chosen else 0][0].problem
         lines = [f"{'=' * 40} step {step}: {problem.question} [{problem.answers[0]}]"]
-        for s in batch.streams:
-            if s.rollout.problem is problem:
-                lines.append(
-                    f"--- {s.kind}, reward {s.rollout.reward:.0f}, advantage {s.advantage:+.2f} on what stands in [[ ]]"
-                )
-                spans, r = [], s.rollout
-                for j in range(r.prompt_len, len(r.ids)):
-                    on = s.start <= j < s.end and r.mask[j] == 1
-                    if not spans or spans[-1][0] != on:
-                        spans.append((on, []))
-                    spans[-1][1].append(r.ids[j])
-                texts = ((on, policy.tokenizer.decode([i for i in ids if i != policy.image_id])) for on, ids in spans)
-                lines.append("".join(f"[[{text}]]" if on else text for on, text in texts))
+        for s in (s for s in batch.streams if s.rollout.problem is problem):
+            r = s.rollout
+            lines.append(f"--- {s.kind}, reward {r.reward:.0f}, advantage {s.advantage:+.2f} on what stands in [[ ]]\n")
+            for on, span in groupby(range(r.prompt_len, len(r.ids)), key=lambda j: s.start <= j < s.end and r.mask[j]):
+                text = policy.tokenizer.decode([r.ids[j] for j in span if r.ids[j] != policy.image_id])
+                lines[-1] += f"[[{text}]]" if on else text
         with open(self.folder / "rollouts.txt", "a") as file:
             file.write("\n".join(lines) + "\n\n")
 
     def draw_curves(self) -> None:
-        """curves.png from metrics.jsonl."""
-        import matplotlib
+        """curves.png from metrics.jsonl. A step is noisy: a line is a running mean over a twentieth of the steps."""
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        rows = [row for row in read_lines(self.folder / "metrics.jsonl") if row["stage"] != "sft"]
+        rows = list(read_lines(self.folder / "metrics.jsonl"))
         panels = {
-            "Rollouts that use a tool": ("tool_use",),
-            "All-wrong tool subgroups": ("all_wrong", "all_wrong_after"),
-            "Recovered subgroups": ("recovery",),
-            "Held-out problems": ("pass@1", f"pass@{self.cfg.eval_rollouts}"),
+            "Rollouts that use a tool": ("rl", "tool_use"),
+            "All-wrong tool subgroups": ("rl", "all_wrong", "all_wrong_after"),
+            "Recovered subgroups": ("rl", "recovery"),
+            "Held-out problems": ("eval", "pass@1", f"pass@{self.cfg.eval_rollouts}"),
         }
-        figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
-        for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        for axis, (title, (stage, *names)) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
             for name in names:
-                stage = "eval" if name.startswith("pass") else "rl"
                 points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and row[name] is not None]
                 steps, values = zip(*points) if points else ((), ())
-                if stage == "rl":  # a step is noisy: the line is a running mean over a twentieth of the steps
-                    axis.plot(steps, values, color="0.85", linewidth=0.8)
-                    window = max(1, len(values) // 20)
-                    values = [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-                axis.plot(steps, values, marker="o" if stage == "eval" else None, label=name)
+                window = max(1, len(values) // 20)
+                means = [mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
+                axis.plot(steps, values, color="0.85", linewidth=0.8)
+                axis.plot(steps, means, marker="o" if stage == "eval" else None, label=name)
             axis.set(title=title, ylim=(-0.02, 1.02))
             axis.legend(loc="best", frameon=False)
-        for axis in axes[1]:
-            axis.set_xlabel("RL step")
+        figure.supxlabel("RL step")
         figure.suptitle(f"{self.folder.name}: {self.cfg.algo}")
-        figure.savefig(self.folder / "curves.draft.png", dpi=110)
-        plt.close(figure)
-        os.replace(self.folder / "curves.draft.png", self.folder / "curves.png")
+        figure.savefig(self.folder / "curves.png", dpi=110)
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -1947,24 +1895,17 @@ def append_lines(path: Path, rows: Iterable[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def replace_lines(path: Path, rows: Iterable[dict]) -> None:
-    """Write a JSONL file whole, or not at all; the rows may be read from its old self."""
-    draft = path.with_name(path.name + ".draft")
-    with open(draft, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(draft, path)
-
-
 def keep_lines(path: Path, wanted) -> None:
     """Rewrite a JSONL file, new if need be, with the wanted rows alone; it can be appended to afterwards."""
     path.touch()
-    replace_lines(path, filter(wanted, read_lines(path)))
+    write(path, (json.dumps(row) + "\n" for row in read_lines(path) if wanted(row)))
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file whole, or not at all."""
+def write(path: Path, parts: Iterable[str]) -> None:
+    """Replace a file whole, or not at all; the parts may be made from its old self."""
     draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
+    with open(draft, "w") as file:
+        file.writelines(parts)
     os.replace(draft, path)
 
 
@@ -2248,7 +2189,7 @@ def plan(config, gpus: int, memory: float, prompt: int, response: int, micro_bat
     layer = 2 * tokens * (10 * text.hidden_size + 5 * heads + 8 * kv + 4 * text.intermediate_size)
     cached = 2 * 2 * text.num_hidden_layers * kv  # bytes of a token
     parts = {"weights": 4 * count / gpus, "adamw": 8 * count / gpus, "reference": 2 * count / gpus}
-    room = 0.9e9 * memory - sum(parts.values())
+    held, room = sum(parts.values()), 0.9e9 * memory
     parts |= {
         "gradients": 4 * count / gpus,
         "gathered": 2 * count,
@@ -2256,12 +2197,10 @@ def plan(config, gpus: int, memory: float, prompt: int, response: int, micro_bat
         "activations": 2 * tokens * text.hidden_size * text.num_hidden_layers + layer + 3 * 4 * 2048 * text.vocab_size,
         "row": cached * (response + 1 + prompt / siblings) + 32 * text.vocab_size,  # 32: while sampling
     }
-    update = sum(parts[name] for name in ("gradients", "gathered", "gathered_gradients", "activations"))
-    parts["update"] = 0.9e9 * memory - room + update
-    rows = max(0, int((room - parts["gathered"]) / parts["row"]))
-    return {k: v / 1e9 for k, v in parts.items()} | {
-        "parameters": count / 1e9, "rows": rows, "fits": rows > 0 and update <= room
-    }  # fmt: skip
+    parts["update"] = sum(parts.values()) - parts["row"]
+    rows = max(0, int((room - held - parts["gathered"]) / parts["row"]))
+    fits = rows > 0 and parts["update"] <= room
+    return {k: v / 1e9 for k, v in parts.items()} | {"parameters": count / 1e9, "rows": rows, "fits": fits}
 
 
 def print_plan(cfg: Config) -> None:
@@ -2324,10 +2263,9 @@ def parse(arguments: Sequence[str]) -> Config:
 
     parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
     parser.error = lambda message: stop(f"{message} (--help explains every option)")
-    if "-h" not in arguments and "--help" not in arguments:
-        first = parser.parse_known_args(arguments)[0]
-        if (first.data or first.model) in ("toy", "toy-test") and not first.regrade:
-            parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
+    first = parser.parse_known_args(arguments)[0]
+    if (first.data or first.model) in ("toy", "toy-test") and not first.regrade:
+        parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
     try:
         return parser.parse_args_into_dataclasses(arguments)[0]
     except ValueError as error:
@@ -2335,6 +2273,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def main(cfg: Config) -> None:
+    """Run the stages, each from where a kill left it. Collective."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
     from transformers.utils import logging
@@ -2362,16 +2301,13 @@ def main(cfg: Config) -> None:
             problems = leave_out_solved(problems, cfg.keep_unsolved) if cfg.keep_unsolved else problems
         print(start_tools(cfg))
 
-    def exists(path: Path) -> bool:
-        """As the first process sees it, so that all go the same way. Collective."""
-        return everyones(path.exists())[0]
-
+    sft, rl = folder / "sft", folder / "rl"
+    there = everyones({path.name for path in folder.glob("*")})[0]  # for the first process, so that all go its way
     # A later stage of a run goes on from what its earlier one left.
-    loaded = "sft" if cfg.stage in ("all", "rl") and exists(folder / "sft") else ""
-    if cfg.stage == "rl" and not loaded and any(folder.glob("sft.step-*")):
+    loaded = str(sft) if cfg.stage in ("all", "rl") and "sft" in there else cfg.model
+    if cfg.stage == "rl" and "sft" not in there and any(name.startswith("sft.step-") for name in there):
         raise ValueError(f"SFT of {folder} is not finished: finish it with --stage sft, or give RL another --name")
-    trained = cfg.stage not in ("distil", "eval")
-    policy = load_policy(str(folder / loaded) if loaded else cfg.model, cfg, trained)
+    policy = load_policy(loaded, cfg, trained=cfg.stage not in ("distil", "eval"))
     run = Run(folder, cfg, accelerator)  # from here on, and not before, the folder is this run's
     print(f"run: {folder}")
     if tracker:
@@ -2380,20 +2316,13 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--log_with {tracker} needs the package {tracker}: pip install {tracker}")
     results = {}
 
-    def assess(stage: str, title: str) -> None:
-        """Evaluate the checkpoint that a stage left, once."""
+    def assess(checkpoint: Path, title: str) -> None:
+        """Evaluate what a stage left."""
         nonlocal policy, loaded
-        if not held_out:
-            return
-        path = run.final(stage) / "results.json"
-        if exists(path):
-            results[title] = json.loads(path.read_text())
-            return
-        if loaded != stage:
-            policy, loaded = load_policy(str(run.final(stage)), cfg, trained=False), stage
-        results[title] = evaluate(policy, held_out, cfg, run.final(stage) / "rollouts.jsonl")
-        if is_first():
-            write(path, json.dumps(results[title]))
+        if held_out and loaded != str(checkpoint):
+            policy, loaded = load_policy(str(checkpoint), cfg, trained=False), str(checkpoint)
+        if held_out:
+            results[title] = evaluate(policy, held_out, cfg, checkpoint / "rollouts.jsonl")
 
     if cfg.stage == "distil":
         path = folder / "trajectories.jsonl"
@@ -2401,28 +2330,18 @@ def main(cfg: Config) -> None:
         if is_first():
             print(f"right trajectories: {balance(path, cfg.seed) if cfg.distil_balance else path}")
     if cfg.stage in ("all", "sft"):
-        if not exists(run.final("sft")):
-            if cfg.trajectories:
-                rollouts = TrajectoryFile(Path(cfg.trajectories), policy)
-            else:
-                trajectories = data.toy_trajectories(cfg.sft_trajectories, cfg.seed, cfg)
-                rollouts = [to_rollout(policy, problem, turns) for problem, turns in trajectories]
-                share = mean(r.turns > 1 for r in rollouts)
-                print(f"{len(rollouts)} trajectories, {share:.0%} of them with a tool call")
-            train_sft(policy, rollouts, cfg, run)
-            run.finish("sft", policy)
-            loaded = "sft"
-        assess("sft", "sft")
+        if "sft" not in there:
+            train_sft(policy, sft_rollouts(policy, cfg), cfg, run)
+            loaded = str(sft)
+        assess(sft, "sft")
     if cfg.stage in ("all", "rl"):
-        if not exists(run.final("rl")):
-            start = str(run.final("sft")) if loaded else cfg.model
-            reference = load_policy(start, cfg, trained=False) if cfg.beta else None
+        if "rl" not in there:
+            reference = load_policy(loaded, cfg, trained=False) if cfg.beta else None
             train_rl(policy, reference, problems, held_out, cfg, run)
-            run.finish("rl", policy)
-            loaded = "rl"
-        finished = exists(run.final("rl") / "results.json")
-        assess("rl", cfg.algo)
-        if not finished and held_out:
+            loaded = str(rl)
+        assess(rl, cfg.algo)
+        if held_out:
+            run.forget({"eval": cfg.steps - 1})
             run.log({"stage": "eval", "step": cfg.steps} | results[cfg.algo]["all"])
         run.draw_curves()
     if cfg.stage == "eval":

@@ -2139,10 +2139,12 @@ def test_a_mistyped_command_does_not_claim_the_folder(tmp_path):
 
 def test_a_finished_run_started_again_says_its_results_and_changes_nothing(whole_run):
     folder, out = whole_run
-    before = (folder / "rl" / "model.safetensors").stat().st_mtime_ns
+    before, log = (folder / "rl" / "model.safetensors").stat().st_mtime_ns, (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(log[:-30])  # as if killed while it wrote the last line
     again = run(*command(folder.parent, "--name", "whole"))
     assert again.returncode == 0 and out.split("| data")[-1] == again.stdout.split("| data")[-1]
     assert (folder / "rl" / "model.safetensors").stat().st_mtime_ns == before
+    assert (folder / "metrics.jsonl").read_text() == log
 
 
 @pytest.mark.parametrize(
