@@ -502,7 +502,6 @@ class Policy:
         self.bias[[vocabulary[t] for t in FORBIDDEN]] = -torch.inf
         self.bias[max(vocabulary.values()) + 1 :] = -torch.inf  # rows of the embedding that no token has
         self.control = re.compile("(?=" + "|".join(re.escape(t) for t in tokenizer.get_added_vocab()) + ")")
-        self.frame = lru_cache(self.frame)
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
@@ -511,12 +510,14 @@ class Policy:
         model.config.text_config._attn_implementation = "shared_prefix"
         self.seconds = {"rollout": 0.0, "resample": 0.0}
 
-    def frame(self, images: int) -> tuple[str, str]:
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def frame(tokenizer, images: int) -> tuple[str, str]:
         """The first prompt before and after the question, from the chat template; it is the only use of the
         template."""
         user = [{"type": "image"}] * images + [{"type": "text", "text": "\0"}]
         messages = [{"role": "system", "content": data.SYSTEM_PROMPT}, {"role": "user", "content": user}]
-        text = self.tokenizer.apply_chat_template(messages, tools=SCHEMAS, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tools=SCHEMAS, tokenize=False, add_generation_prompt=True)
         head, tail = text.split("\0")
         return head, tail if tail.rstrip().endswith("<think>") else tail + "<think>\n"
 
@@ -556,7 +557,7 @@ class Policy:
             images = [self.encode_image(data.open_image(ref)) for ref in problem.images]
         except ValueError as error:
             raise ValueError(f"{problem.id}: {error}") from error
-        head, tail = self.frame(len(images))
+        head, tail = self.frame(self.tokenizer, len(images))
         ids, rollout.pictures = self.splice(rollout, head, images, problem.question, tail)
         rollout.append(ids, mask=0)
         rollout.prompt_len = rollout.turn_start = len(ids)
@@ -1376,10 +1377,10 @@ def rollouts_to_file(policy, problems, count, sampling, cfg, seed, path: Path, r
         for i in range(0, len(problems), size):
             todo = deal([problem for problem in problems[i : i + size] if problem.id not in done])
             groups = rollout_groups(policy, todo, count, sampling, cfg, seed)
-            found = collect([(g[0].problem.id, [row for rollout in g for row in rows(rollout)]) for g in groups])
-            for name, lines in found if is_first() else ():
+            right = [sum(r.reward == 1 for r in g) for g in groups]
+            found = collect([(g[0].problem.id, n, [row for r in g for row in rows(r)]) for g, n in zip(groups, right)])
+            for name, solved, lines in found if is_first() else ():
                 append_lines(path, lines)
-                solved = sum(row["reward"] == 1 for row in lines)
                 append_lines(stats, [{"id": name, "solved": solved, "n": count}])
 
 
@@ -1686,7 +1687,8 @@ def evaluation_metrics(sets: Sequence[Sequence[list[dict]]]) -> dict:
             "response_length": [row["response_length"] for row in rows],
         }
         columns.append({name: mean(x) for name, x in values.items()})
-    means = {name: mean(c[name] for c in columns if c[name] == c[name]) for name in columns[0]}
+    defined = {name: [column[name] for column in columns if column[name] == column[name]] for name in columns[0]}
+    means = {name: mean(x) if x else None for name, x in defined.items()}
     intervals = {k: np.percentile(np.mean([d[k] for d in draws], 0), (2.5, 97.5)).tolist() for k in draws[0]}
     return {"problems": sum(map(len, sets))} | means | {"intervals": intervals}
 
@@ -1704,8 +1706,8 @@ def save_results(results: dict[str, dict[str, dict]], path: Path, cfg: Config, b
     columns = dict.fromkeys(c for parts in results.values() for row in parts.values() for c in row if c != "intervals")
 
     def cell(row: dict, name: str) -> str:
-        value, ends = row.get(name, math.nan), row.get("intervals", {}).get(name)
-        if value != value:
+        value, ends = row.get(name), row.get("intervals", {}).get(name)
+        if value is None:
             return "-"
         interval = " [{:.1f}, {:.1f}]".format(*(100 * x for x in ends)) if ends else ""
         return f"{value:.0f}" if name in ("problems", "response_length") else f"{100 * value:.1f} %{interval}"
@@ -1734,7 +1736,7 @@ class Run:
     # What may differ when a run goes on: it changes nothing, or nothing but rounding.
     FREE = {"stage", "output_dir", "name", "save_every", "show_every", "log_with", "threads", "max_rows",
             "tool_threads", "micro_batch_tokens", "tool_cache", "gradient_checkpointing",
-            "judge_url"}  # fmt: skip
+            "judge_url", "judge_model"}  # fmt: skip
     LINE = (
         "step {step:>4} | reward {reward:.2f} | tool {tool_use:4.0%} | all-wrong {all_wrong:4.0%} | "
         "recovered {recovery:4.0%} by {prefixes:>2} | clip {clip_fraction:.1%} | kl {kl:.4f} | "
