@@ -1789,7 +1789,7 @@ class Run:
             shares = " | ".join(f"{k} {v:.1%}" for k, v in metrics.items() if "pass@" in k)
             tqdm.write(f"step {step:>4} | held out: {shares}")
         else:
-            tqdm.write(self.LINE.format(**metrics))
+            tqdm.write(self.LINE.format(**metrics).replace("nan%", "  -"))
 
     def checkpoint(self, stage: str, step: int, policy: Policy, optimizer=None) -> None:
         """Save STAGE.step-N with the optimizer or, without one, the finished STAGE: under a temporary name, renamed
