@@ -2108,13 +2108,8 @@ def _same_text(answer: str, gold: str, question: str, tolerance: float = 0.0) ->
         return False
     exact = re.search(r"\d", gold) or any(len(word) == 1 or word in _DECISIVE for word in {*wanted} - {*given})
     rotations = [wanted[k:] + wanted[:k] for k in range(1 if re.search(r"\d", gold) else len(wanted))]
-    return given in rotations or (not exact and _within(given, wanted))
-
-
-def _within(part: list[str], words: list[str]) -> bool:
-    """Are these some of the words, in their order?"""
-    rest = iter(words)
-    return all(word in rest for word in part)
+    rest = iter(wanted)  # each word is looked for behind the one before
+    return given in rotations or (not exact and all(word in rest for word in given))
 
 
 def _tokens(text: str) -> list[str]:

@@ -136,9 +136,12 @@ def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
     slots = [(k, row) for k, (_, rows, _, size) in enumerate(parts) for row in _draw(rows, size, seed)]
     drawn = set(_draw(slots, limit, seed))
     problems: list[Problem] = []
+    owners: dict[str, str] = {}  # of the images so far
     for k, (part, rows, stream, _) in enumerate(parts):
-        fresh = list(stream({row for row in rows if (k, row) in drawn}))
-        problems += _without_copies(SETS.get(part), fresh, problems)
+        fresh = _without_copies(SETS.get(part), list(stream({row for row in rows if (k, row) in drawn})), owners)
+        problems += fresh
+        if k + 1 < len(parts):
+            owners |= {digest(ref): problem.source for problem in fresh for ref in problem.images}
     twice = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
     if twice:  # what is sampled, and where a run goes on, hangs on the id
         raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
@@ -192,12 +195,12 @@ def _open(name: str) -> tuple[list[int], Callable[[set[int]], Iterable[Problem]]
     return list(table.rows), table.stream
 
 
-def _without_copies(source: Source | None, fresh: list[Problem], earlier: list[Problem]) -> list[Problem]:
-    """The problems of one part without those that share an image with others; a benchmark is never cut."""
+def _without_copies(source: Source | None, fresh: list[Problem], owners: dict[str, str]) -> list[Problem]:
+    """The problems of one part without those that share an image with earlier parts, whose images `owners` tells the
+    sets of, or with an evaluation set; a benchmark is never cut."""
     if source and not source.training:
         return fresh
-    owners = {digest(ref): problem.source for problem in earlier for ref in problem.images}
-    owners |= _evaluation_images() if source else {}
+    owners = owners | (_evaluation_images() if source else {})
     if not owners:  # no image need be read
         return fresh
     shared = [next((owners[key] for key in map(digest, p.images) if key in owners), "") for p in fresh]

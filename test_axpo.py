@@ -2246,9 +2246,8 @@ def test_balancing_keeps_as_many_trajectories_with_a_tool_as_without(tmp_path):
     path = tmp_path / "trajectories.jsonl"
     path.write_text("".join(json.dumps({"id": str(k), "used_tool": k % 4 == 0}) + "\n" for k in range(12)))
     kept = jsonl(axpo.balance(path, seed=1))
-    assert [row["used_tool"] for row in kept].count(True) == 3 == len(kept) - 3 and kept == sorted(
-        kept, key=lambda row: int(row["id"])
-    )
+    assert [row["used_tool"] for row in kept].count(True) == 3 == len(kept) - 3
+    assert kept == sorted(kept, key=lambda row: int(row["id"]))
     path.write_text('{"id": "0", "used_tool": false}\n')
     assert axpo.balance(path, seed=1) == path
 
@@ -2515,9 +2514,7 @@ def test_regrading_asks_the_judge_once_and_keeps_what_it_said(endpoint, cfg, tmp
     axpo.regrade(judged)
     asked = len(Replies.asked)
     axpo.regrade(judged)
-    assert (
-        len(Replies.asked) == asked and 2 <= asked <= 3
-    )  # the same answer, asked at the same time, may be asked twice
+    assert len(Replies.asked) == asked and 2 <= asked <= 3  # the same answer, asked at the same time, may be twice
     found = json.loads((tmp_path / "dump.results.json").read_text())["dump"]
     assert found["mmsearch"]["pass@1"] == 1 and found["vstar"]["pass@1"] == 1
     axpo.regrade(replace(judged, judge_url="", judge_model=""))
@@ -2566,9 +2563,8 @@ def test_a_bad_trajectory_file_is_one_sentence(tmp_path, policy, row, says):
 def test_data_defaults_follow_model_and_stage():
     names = lambda *a: (lambda c: (c.data, c.eval_data))(axpo.Config(**dict(x.split("=") for x in a)))  # noqa: E731
     assert names() == names("model=x", "data=toy") == names("stage=eval", "data=toy") == ("toy", "toy-test")
-    assert (
-        axpo.Config(model="x").stage == "rl" and axpo.Config().stage == "all"
-    )  # nobody taught x, but somebody the toy
+    # nobody taught x, but somebody the toy
+    assert axpo.Config(model="x").stage == "rl" and axpo.Config().stage == "all"
     assert names("model=x") == ("paper-rl", "paper-eval") and names("model=x", "stage=distil")[0] == "paper-sft"
     assert names("model=x", "stage=eval", "data=vstar,dynamath")[1] == "vstar,dynamath"
     assert names("model=x", "stage=rl", "data=fvqa:9") == ("fvqa:9", "paper-eval")
@@ -2945,12 +2941,9 @@ def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, word
         ),
     )  # fmt: skip
     trainer.train()
-    turns_and_prompts = f"{turns} turns at most, prompts of {len(theirs.prompt(problems[0]).ids)} tokens"
-    report(
-        f"GRPO step against TRL's GRPOTrainer, {turns_and_prompts}",
-        {name: s[1:] for name, s in seconds.items()},
-        target,
-    )
+    width = len(theirs.prompt(problems[0]).ids)
+    title = f"GRPO step against TRL's GRPOTrainer, {turns} turns at most, {width}-token prompts"
+    report(title, {name: s[1:] for name, s in seconds.items()}, target)
     print(f"  response tokens per step: axpo {np.mean(ours.tokens):.0f}, trl {np.mean(tokens):.0f}; ", end="")
     print(f"mean reward: axpo {np.mean(ours.rewards):.2f}, trl {np.mean(rewards):.2f}")
 
