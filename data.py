@@ -1,18 +1,20 @@
-"""Problems: nine benchmarks, four training sets, mixtures of them, JSON-lines files of your own, and the toy world.
+"""Problems: nine benchmarks, four training sets, mixtures of them, files of your own, and the toy world.
 
-    load("vstar")                     the whole set; images stay encoded until `open_image`
+    load("vstar")                     the whole set; pictures stay encoded until `open_image`
     load("virl39k,fvqa:500", 1000)    a mixture (500 problems of FVQA), of which 1000 are drawn by index with a seed
-    load("mine.jsonl")                a problem per line: question, images (paths relative to the file), answer or
-                                      answers (gold first); if you like id, kind (math, choice, text), options, category
+    load("mine.jsonl")                a file of your own (.jsonl, .json, .parquet, .csv or .tsv), a problem per row; OWN
+                                      has the names that its columns can have, any other column is named in the log
 
-Questions are stored complete, options included, without image tags or instructions. All that is special about a set is
-its entry in SETS. Where the paper leaves its data open: MMSearch keeps its text-only rows, DynaMath is variant 1, and
-HR-Bench keeps one of the four orders in which it asks each question, so its figure is not the mean over four that
-others publish. The toy world, in which the whole pipeline runs without a download, comes last.
+Questions are stored complete, options included, without instructions, and hold one MARKER per picture where it stands.
+All that is special about a set is its entry in SETS. Where the paper leaves its data open: MMSearch keeps its text-only
+rows, DynaMath is variant 1, HR-Bench keeps one of the four orders in which it asks each question, so its figure is not
+the mean over four that others publish, and FVQA's aliases, neighbouring years among them, are taken as they are. The
+toy world, in which the whole pipeline runs without a download, comes last.
 """
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import csv
@@ -25,21 +27,28 @@ import os
 import random
 import re
 import sys
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from string import ascii_uppercase
+from urllib.parse import unquote
 
+import mpmath
 from PIL import Image, ImageDraw
 
-from tools import SCHEMAS, Observation, Toolbox, ToolConfig
+from tools import SCHEMAS, Observation, Toolbox, ToolConfig, open_image
 
 log = logging.getLogger(__name__)
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a bad file
+CACHE = Path("~/.cache/axpo").expanduser()  # where it is remembered which pictures could be decoded
+MARKER = "<image>"  # where a picture stands in a question
+TAG = re.compile(r"<image[ _]?(\d*)>|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>", re.IGNORECASE)
 
 SYSTEM_PROMPT = (
     "Think first. Call a tool when looking, computing or searching helps, and think again about what it returns. "
@@ -53,7 +62,8 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its images, encoded (bytes) or as a file, and the accepted answers, gold first."""
+    """A question with its pictures, encoded (bytes) or as a file, and the accepted answers, gold first. The question
+    holds MARKER exactly once per picture, in their order."""
 
     id: str
     question: str
@@ -67,7 +77,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set lives and what its columns are called; `+` joins several into one field, "" is none."""
+    """Where a set lives and what its columns are called; `+` joins several into one field, of `|` the first that is
+    filled counts, "" is none."""
 
     repo: str
     files: str  # glob of the tables in the repository
@@ -77,19 +88,28 @@ class Source:
     question: str = "question"
     answers: str = "answer"
     category: str = "category"
-    images: str = "image"  # images or their paths
+    images: str = "image"  # pictures or their paths
     options: str = ""
     kind: str = ""
     cycle: str = ""  # only the first value seen is kept
     revision: str | None = None
-    extra: tuple[str, ...] = ()  # globs of loose images or of archives
-    text_only: bool = False  # rows without an image are real
+    extra: tuple[str, ...] = ()  # globs of loose pictures or of archives
+    text_only: bool = False  # rows without a picture are real
     joined: bool = False  # several answers are parts, all demanded, and not aliases
-    training: bool = False  # drops what it shares with an evaluation set, and rows without an answer
+    training: bool = False  # drops what it shares with an evaluation set, and rows without an answer that can be graded
 
 
-FIELDS = ("id", "question", "answers", "category", "options", "kind", "cycle")  # read before any image
+KINDS = {"float": "math", "multiple choice": "choice", "math": "math", "choice": "choice"}  # others say nothing
+FORMULA = re.compile(
+    r"[\\=^+*/<>]|^[^A-Za-z]*\d[^A-Za-z]*[A-Za-z]*\W*$"
+)  # a sign of one, or a number and a word at most
+FIELDS = ("id", "question", "answers", "category", "options", "kind", "cycle")  # read before any picture
 # fmt: off
+OWN = Source(  # a file of one's own; of several names the first that is filled counts, an empty last one is "or none"
+    "", "", id="id|qid|question_id|sample_id|data_id|pid|index|", question="question|problem|query|prompt|text",
+    answers="answers|answer|ground_truth|gt|gt_answer|gold|label|reward_model|solution", category="category|",
+    images="images|image|image_paths|image_path|img|decoded_image|", options="options|choices|A+B+C+D+E+F|",
+    kind="kind|", text_only=True)
 SETS = {
     "mathvision": Source("MathLLMs/MathVision", "data/testmini-*.parquet", 304, "math", category="subject",
                          images="decoded_image", options="options"),
@@ -127,42 +147,79 @@ MIXES = {"paper-sft": "virl39k,fvqa,pyvision", "paper-rl": "virl39k,fvqa,pyvisio
 MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not source.training)
 
 
-def load(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
-    """Problems of a set, a mixture, a paper's mix or a JSON-lines file; raises DataError. `limit` draws that many by
-    index before any image is touched, never a prefix, because sets are ordered. Problems of a training set that share
-    an image with an evaluation set, or with an earlier part of the mixture, are dropped after the draw, and counted in
-    the log."""
-    parts = [(part, *_open(part), size) for part, size in check(name)]
-    slots = [(k, row) for k, (_, rows, _, size) in enumerate(parts) for row in _draw(rows, size, seed)]
+def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "stop") -> list[Problem]:
+    """Problems of a set, a mixture, a paper's mix or a file of your own; raises DataError. `limit` draws that many by
+    index before any picture is touched, never a prefix, because sets are ordered. Drawn rows that cannot be used, all
+    pictures decoded, stop the load, or are left out if `on_bad_row` is "skip". Problems to learn from that share a
+    picture with a benchmark, or with an earlier part of the mixture, are dropped, and counted in the log."""
+    if on_bad_row not in ("stop", "skip"):
+        raise DataError(f"on_bad_row is {on_bad_row!r}; it can be stop or skip.")
+    parts = [(_Table(part), size) for part, size in check(name)]
+    slots = [(k, row) for k, (table, size) in enumerate(parts) for row in _draw(list(table.rows), size, seed)]
     drawn = set(_draw(slots, limit, seed))
     problems: list[Problem] = []
-    owners: dict[str, str] = {}  # of the images so far
-    for k, (part, rows, stream, _) in enumerate(parts):
-        fresh = _without_copies(SETS.get(part), list(stream({row for row in rows if (k, row) in drawn})), owners)
+    bad: list[str] = []
+    owners: dict[str, str] = {}  # of the pictures so far
+    for k, (table, _) in enumerate(parts):
+        fresh = _without_copies(table, table.load({row for row in table.rows if (k, row) in drawn}), owners)
         problems += fresh
+        bad += table.bad
         if k + 1 < len(parts):
             owners |= {digest(ref): problem.source for problem in fresh for ref in problem.images}
+    if bad:
+        told = (
+            f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {'; '.join(bad[:4])}{'; ...' * (len(bad) > 4)}"
+        )
+        if on_bad_row == "stop":
+            raise DataError(f"{told}. Mend them, or leave them out with `--on_bad_row skip`.")
+        log.warning("Left out: %s", told)
     twice = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
     if twice:  # what is sampled, and where a run goes on, hangs on the id
         raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
+    if not problems:
+        raise DataError(f"No problem of {name} is left.")
     return problems
 
 
-def open_image(ref: bytes | Path) -> Image.Image:
-    """The decoded RGB image; transparent parts become white, as black lines would vanish on black."""
-    try:
-        with Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref) as image:
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    except BROKEN as error:
-        what = f"{len(ref)} bytes" if isinstance(ref, bytes) else ref
-        raise DataError(f"The image ({what}) cannot be decoded: {error}.") from error
+def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures") -> list[str]:
+    """What is wrong with the first bad picture of each group, "" if none is. Each is decoded, in threads; sound ones
+    are remembered in CACHE, by their content or by path, size and time, and not decoded again."""
+    from tqdm import tqdm
+
+    memory = CACHE / "pictures.txt"
+    known = set(memory.read_text(encoding="utf-8").split()) if memory.exists() else set()
+    fresh = []
+
+    def fault(group: Iterable[bytes | Path]) -> str:
+        try:
+            for picture in group:
+                stat = None if isinstance(picture, bytes) else picture.stat()
+                key = digest(f"{picture.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode() if stat else picture)
+                shorter, longer = (1, 1) if key in known else sorted(open_image(picture).size)
+                if longer > 200 * shorter:
+                    return f"its sides are {shorter} and {longer} pixels, and image processors take at most 1 : 200"
+                fresh.append(key)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a decoded picture of 33 megapixels takes 100 MB
+        faults = list(tqdm(pool.map(fault, groups), title, len(groups), disable=len(groups) <= 64))
+    with contextlib.suppress(OSError):  # where nothing can be written, the next start decodes again
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with memory.open("a", encoding="utf-8") as file:
+            file.writelines(f"{key}\n" for key in set(fresh) - known)
+    return faults
+
+
+def image_size(ref: bytes | Path) -> tuple[int, int]:
+    """Width and height of a picture, in pixels as stored, without decoding it."""
+    with Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref) as image:
+        return image.size
 
 
 def digest(ref: bytes | Path) -> str:
-    """SHA-256 of the encoded image: finds copies of a file, not a picture encoded anew."""
+    """SHA-256 of the encoded picture: finds copies of a file, not a picture encoded anew."""
     return hashlib.sha256(ref if isinstance(ref, bytes) else ref.read_bytes()).hexdigest()
 
 
@@ -186,26 +243,16 @@ def _draw(items: list, count: int | None, seed: int) -> list:
     return items if count is None else random.Random(seed).sample(items, min(count, len(items)))
 
 
-def _open(name: str) -> tuple[list[int], Callable[[set[int]], Iterable[Problem]]]:
-    """(row numbers, what makes problems of some of them) of a set or a file."""
-    if name in MADE:
-        made = MADE[name]()
-        return list(range(len(made))), lambda chosen: [made[row] for row in sorted(chosen)]
-    table = _Table(name)
-    return list(table.rows), table.stream
-
-
-def _without_copies(source: Source | None, fresh: list[Problem], owners: dict[str, str]) -> list[Problem]:
-    """The problems of one part without those that share an image with earlier parts, whose images `owners` tells the
-    sets of, or with an evaluation set; a benchmark is never cut."""
-    if source and not source.training:
-        return fresh
-    owners = owners | (_evaluation_images() if source else {})
-    if not owners:  # no image need be read
+def _without_copies(table: _Table, fresh: list[Problem], owners: dict[str, str]) -> list[Problem]:
+    """The problems of a part without those that share a picture with earlier parts, whose pictures `owners` tells the
+    sets of, or, in a training set, with a benchmark; a benchmark is never cut."""
+    if table.source and table.source.training:
+        owners = owners | _evaluation_images()
+    if not owners or table.source in SETS.values() and not table.source.training:
         return fresh
     shared = [next((owners[key] for key in map(digest, p.images) if key in owners), "") for p in fresh]
     for owner, count in Counter(filter(None, shared)).items():
-        log.warning(f"{fresh[0].source}: {count} of {len(fresh)} problems share an image with {owner}: dropped")
+        log.warning(f"{table.name}: {count} of {len(fresh)} problems share an image with {owner}: dropped")
     return [problem for problem, owner in zip(fresh, shared) if not owner]
 
 
@@ -236,176 +283,290 @@ def _fetch(name: str, offline: bool) -> Path:
 
 
 class _Table:
-    """The rows of a set: `rows` holds its problems without their images, which `stream` reads for the chosen ones."""
+    """A set or a file: `rows` maps numbers to (id, texts), or to problems that are made; `bad` names unusable rows."""
 
     def __init__(self, name: str, offline: bool = False):
-        self.name, self.rows, self.names = name, {}, set()
-        if name in SETS:
-            self.source, self.folder = SETS[name], _fetch(name, offline)
-            self.paths = sorted(self.folder.glob(self.source.files))
-        else:
-            self.paths, self.folder = [Path(name)], Path(name).parent
-            keys, _ = _rows(name, self.paths[0], [])
-            own = {field: field if field in keys else "" for field in ("id", "kind", "category", "options", "images")}
-            own["answers"] = "answers" if "answers" in keys else "answer"
-            self.source = Source("", name, text_only=True, **own)
-        self._read()
-
-    def _read(self) -> None:
-        source, cycle, count = self.source, None, 0
-        for index, cells in self._scan(FIELDS):
-            cells["answers"] = [text for text in cells["answers"] if text]
-            cycle = cycle or cells["cycle"]
-            if cells["cycle"] != cycle:
+        self.name, self.source, self.bad = Path(name).name, SETS.get(name, OWN), []
+        self.rows = dict(enumerate(MADE[name]())) if name in MADE else {}
+        if name in MADE:
+            self.source = None
+            return
+        self.folder = Path(name).parent if self.source is OWN else _fetch(name, offline)
+        self.paths = [Path(name)] if self.source is OWN else sorted(self.folder.glob(self.source.files))
+        cycle, count, ids = None, 0, set()
+        for index, row in self._scan(FIELDS):
+            kept = _cells(row, self.source.cycle)
+            cycle = cycle or kept
+            if kept != cycle:
                 continue
             count += 1
-            if cells["answers"] and any(cells["question"]):
-                self.rows[index] = self._problem(index, cells)
-            elif not source.training:
-                raise DataError(f"{self.name}: row {index} has no {'question' if cells['answers'] else 'answer'}.")
-        if count != (source.count or max(count, 1)):
-            raise DataError(f"{self.name}: {count} problems, expected {source.count or 'at least 1'}.")
+            id = f"{Path(name).stem}/{''.join(_cells(row, self.source.id)) or index}"
+            id += f"#{index}" if id in ids else ""  # whoever keeps records by id relies on it
+            ids.add(id)
+            if _cells(row, self.source.answers) or not self.source.training:
+                self.rows[index] = id, row
+        if count != (self.source.count or max(count, 1)):
+            raise DataError(f"{self.name}: {count} problems, expected {self.source.count or 'at least 1'}.")
         if len(self.rows) < count:
             log.warning("%s: %d problems without an answer were dropped", self.name, count - len(self.rows))
 
-    def _problem(self, index: int, cells: dict[str, list[str]]) -> Problem:
-        instruction = r"\s*Answer with the option's letter from the given choices directly\.?"  # V*; the prompt has one
-        question = re.sub(r"\s*<image\s*\d*>\s*|" + instruction, " ", "\n".join(cells["question"])).strip()
-        boxed = re.compile(r"\\boxed\s*\{((?:(?!\\boxed).)*)\}", re.DOTALL)
-        answers = [match[1] if (match := boxed.fullmatch(text)) else text for text in cells["answers"]]
-        answers = ["; ".join(answers)] if self.source.joined else list(dict.fromkeys(answers))
-        # DynaMath's answer types beside our kinds
-        kinds = {"": "", "math": "math", "float": "math", "choice": "choice", "multiple choice": "choice"}
-        kind = kinds.get("".join(cells["kind"]) or self.source.default_kind, "text")
-        options = cells["options"] or _inline_options(question)
-        if cells["options"] and options != list(ascii_uppercase[: len(options)]):  # bare letters label the figure
-            question += "".join(f"\n{letter}. {text}" for letter, text in zip(ascii_uppercase, options, strict=False))
-        letter = re.fullmatch(r"\(?([A-J])[).]*", answers[0])
-        if letter and kind != "text":
-            kind, answers = "choice", [letter[1]]
-        elif kind == "choice" and answers[0] in options:
-            answers = [ascii_uppercase[options.index(answers[0])]]
-        elif kind == "choice":
-            raise DataError(f"{self.name}: the answer {answers[0]!r} of row {index} is neither a letter nor an option.")
-        kind = kind or ("math" if re.search(r"[\d\\=^]", answers[0]) else "text")
-        short = Path(self.name).stem  # a file of your own, wherever it lies
-        name = f"{short}/{''.join(cells['id']) or index}"
-        name += f"#{index}" if name in self.names else ""  # whoever keeps records by id relies on it
-        self.names.add(name)
-        options = tuple(options) if kind == "choice" else ()
-        return Problem(name, question, (), tuple(answers), kind, options, short, " ".join(cells["category"]))
+    def load(self, chosen: Collection[int]) -> list[Problem]:
+        """The chosen problems whose pictures can be decoded."""
+        if self.source is None:
+            return [self.rows[row] for row in sorted(chosen)]
+        found = list(self.stream(chosen))
+        faults = picture_faults([problem.images for _, problem in found], self.name)
+        self.bad += [f"{where} has a broken picture: {fault}" for (where, _), fault in zip(found, faults) if fault]
+        return [problem for (_, problem), fault in zip(found, faults) if not fault]
 
-    def stream(self, chosen: Collection[int]) -> Iterator[Problem]:
-        """The chosen rows in order, each image found and its header read, one row at a time."""
+    def stream(self, chosen: Collection[int]) -> Iterator[tuple[str, Problem]]:
+        """(where it stands, problem) of the chosen rows in order, the pictures found and not decoded."""
         try:
             archives = [zipfile.ZipFile(path) for path in self.folder.glob("*.zip")] if self.source.extra else []
         except zipfile.BadZipFile as error:
             raise DataError(f"{self.name}: an archive in {self.folder} is broken: {error}.") from error
         members = {member: archive for archive in archives for member in archive.namelist()}
-        for index, cells in self._scan(("images",), chosen):
-            where = f"{self.name}: row {index} ({self.rows[index].id})"
-            images = tuple(self._image(where, cell, members) for cell in cells["images"] if cell != "")
-            if not images and not self.source.text_only:
-                raise DataError(f"{where} has no image.")
-            yield replace(self.rows[index], images=images)
+        for index, row in self._scan(("images",), chosen):
+            id, texts = self.rows[index]
+            where = f"{self.name}: row {index} ({id})"
+            try:
+                problem = self._problem(id, texts, row, members)
+            except (DataError, zipfile.BadZipFile) as error:
+                self.bad.append(f"{where} {error}")
+            else:
+                yield where, problem
 
-    def _image(self, where: str, cell: bytes | str, members: dict[str, zipfile.ZipFile]) -> bytes | Path:
-        """The image of a cell: embedded, as base64 in a TSV, or the path of a file or of a member of an archive."""
-        ref, stored = cell, "embedded"
-        try:
-            if isinstance(cell, str) and self.source.files.endswith(".tsv"):
-                ref = base64.b64decode(cell)
-            elif isinstance(cell, str):
-                stored = cell
-                spellings = (cell, Path(*Path(cell).parts[1:]).as_posix())  # some paths repeat the folder they are in
-                found = [self.folder / path for path in spellings if (self.folder / path).is_file()]
-                found += [members[path].read(path) for path in spellings if path in members]
-                ref = found[0] if found else b""
-            if ref:
-                Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref).close()
-                return ref
-        except (*BROKEN, zipfile.BadZipFile) as error:
-            raise DataError(f"{where} has a broken image ({stored}): {error}.") from error
-        raise DataError(f"{where} lacks its image ({stored}) in {self.folder}.")
+    def _problem(self, id: str, texts: dict, row: dict, members: dict[str, zipfile.ZipFile]) -> Problem:
+        """The problem of a row, whose pictures `row` holds; DataError says what is wrong with it."""
+        source, own = self.source, self.source is OWN
+        question, shown = _content(next((texts[name] for name in source.question.split("|") if texts.get(name)), ""))
+        question = question.replace(
+            "Answer with the option's letter from the given choices directly.", ""
+        ).strip()  # V*
+        answers = list(dict.fromkeys(filter(None, map(_unboxed, _cells(texts, source.answers)))))
+        if not question or not answers:
+            raise DataError(f"has no {'question' if answers else 'answer'}")
+        answers = ["; ".join(answers)] if source.joined else answers
+        cells = [cell for cell in _cells(row, source.images) if cell != ""] or filter(None, shown)
+        images = tuple(picture(cell, self.folder, members) for cell in cells)
+        if not images and not source.text_only:
+            raise DataError("has no image")
+
+        declared = "".join(_cells(texts, source.kind)).lower()
+        declared = KINDS.get(declared, "text" if own and declared == "text" else "")
+        gold = answers[0]
+        cells = _cells(texts, source.options)
+        given = _options(cells)
+        if cells and not given:
+            raise DataError(f"has the options {cells[0]!r}: make them a list, or write A., B., ... before each")
+        options = given or _options([question])
+        letter = _letter(gold, options)
+        if not letter and not given:  # what the question lists need not be options
+            options, letter = [], _letter(gold, [])
+        kind = declared or source.default_kind or ("math" if FORMULA.search(gold) else "text")
+        if letter and declared != "math" and "text" not in (declared, source.default_kind):
+            kind, answers = "choice", [letter]
+        elif kind == "choice" or (given and not declared):
+            raise DataError(f"has the answer {gold!r}, which is neither a letter nor an option")
+
+        letters = list(ascii_uppercase[: len(options)])
+        listed = "".join(f"\n{letter}. {text}" for letter, text in zip(letters, given))
+        if given and all(map(TAG.fullmatch, given)):  # each a picture of its own, or all drawn in a single one
+            options = letters
+            listed = listed if len(TAG.findall(question + listed)) == len(images) else ""
+        question, images = _placed(question + listed * (given != letters), images)
+        options = tuple(options) if kind == "choice" else ()
+        category = " ".join(_cells(texts, source.category))
+        problem = Problem(id, question, images, tuple(answers), kind, options, id.partition("/")[0], category)
+        if (own or source.training) and not answerable(problem):  # of a benchmark all rows count
+            raise DataError(f"has the answer {gold!r}, which no rule can grade right")
+        return problem
 
     def _scan(self, fields: Iterable[str], wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
-        """(row number, what its `fields` hold) of all or the wanted rows, never holding a whole table of images."""
-        names = {field: [name for name in getattr(self.source, field).split("+") if name] for field in fields}
-        columns = list(itertools.chain(*names.values()))
+        """(number, columns of `fields`) of all or the wanted rows, never holding a whole table of pictures."""
+        names = [getattr(self.source, field) for field in fields]
+        columns = re.split("[+|]", "|".join(names))
         numbers = itertools.count()
         for path in self.paths:
-            present, rows = _rows(self.name, path, columns)
-            if missing := [column for column in columns if column not in present]:
-                raise DataError(f"{self.name}: {path.name} lacks {', '.join(missing)}; it has {', '.join(present)}.")
-            for row, index in zip(rows, numbers, strict=False):
-                if wanted is None or index in wanted:
-                    yield index, {f: [leaf for name in names[f] for leaf in _leaves(row.get(name))] for f in fields}
+            try:
+                present, rows = _rows(path, columns)
+                if lacking := [name for name in names if {"", *present}.isdisjoint(re.split("[+|]", name))]:
+                    raise DataError(f"lacks {', '.join(lacking).replace('|', ' or ')}; it has {', '.join(present)}")
+                unknown = [name for name in present if name not in [*columns, *OWN.images.split("|")]]
+                if unknown and self.source is OWN and wanted is None:
+                    log.warning("%s: not understood, and not read: %s", self.name, ", ".join(unknown))
+                for row, index in zip(rows, numbers, strict=False):
+                    if wanted is None or index in wanted:
+                        yield index, {name: row.get(name) for name in columns}
+            except (OSError, ValueError, csv.Error) as error:
+                said = error if isinstance(error, DataError) else f"cannot be read: {error}"
+                raise DataError(f"{self.name}: {path.name} {said}.") from error
 
 
-def _rows(name: str, path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
-    """(names of the columns, rows) of a table. A table of images streams, and parquet reads only `columns`."""
-    if path.suffix == ".parquet":
+def _rows(path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
+    """(names of the columns, rows) of a table. A table of pictures streams, and parquet reads only `columns`."""
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         import pyarrow.parquet
 
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         batches = file.iter_batches(batch_size=16, columns=columns)
         return file.schema_arrow.names, (row for batch in batches for row in batch.to_pylist())
-    if path.suffix == ".tsv":
+    if kind in (".tsv", ".csv"):
         csv.field_size_limit(sys.maxsize)
-        reader = csv.DictReader(path.open(newline="", encoding="utf-8"), dialect="excel-tab")
+        reader = csv.DictReader(path.open(newline="", encoding="utf-8-sig"), delimiter="," if kind == ".csv" else "\t")
         return reader.fieldnames or [], reader  # unlike pandas, csv leaves an option "None" a text
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: {path.name} is not in UTF-8: {error}.") from error
-    lines = [text] if path.suffix == ".json" else text.split("\n")  # other line ends may stand in a text
+    text = path.read_text(encoding="utf-8-sig")
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate([text] if kind == ".json" else text.split("\n"), 1):  # texts may hold other line ends
         try:
             found = json.loads(line) if line.strip() else []
         except ValueError as error:
-            raise DataError(f"{name}: line {number} of {path.name} is no JSON: {error}.") from error
+            raise DataError(f"has no JSON in line {number}: {error}") from error
         rows += found if isinstance(found, list) else [found]
-    if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
-        raise DataError(f"{name}: row {wrong[0]} of {path.name} is no object with named fields.")
+    if wrong := [number for number, row in enumerate(rows) if not isinstance(row, dict)]:
+        raise DataError(f"has a row {wrong[0]} that is no object with named fields")
     return list(dict.fromkeys(key for row in rows for key in row)), rows
 
 
+def _cells(row: dict, names: str) -> list[str | bytes]:
+    """What a row holds in columns named as in Source, as texts or bytes, without nulls."""
+    for alternative in names.split("|"):
+        cells = [leaf for name in alternative.split("+") for leaf in _leaves(row.get(name))]
+        if any(cell != "" for cell in cells):
+            return cells
+    return []
+
+
 def _leaves(value: object) -> list[str | bytes]:
-    """What a cell holds, as texts or bytes, without nulls: a value, a list of them, a list written as JSON, an image
-    {bytes, path}, or FVQA's chat message {content} and reward {ground_truth, candidate_answers}."""
-    if isinstance(value, str) and re.fullmatch(r'\[\s*".*\]', value, re.DOTALL):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-    if isinstance(value, dict) and "bytes" in value:
-        value = value["bytes"] if value["bytes"] is not None else value.get("path") or b""
-    elif isinstance(value, dict):
-        value = [value.get(key) for key in ("content", "ground_truth", "candidate_answers")]
+    """The texts or bytes of a cell: a value, a list of them, either also written out as text, a picture {bytes, path},
+    options {A, B, ...}, or FVQA's reward {ground_truth, candidate_answers}."""
+    if isinstance(value, str) and re.fullmatch(r"\s*(\[\s*(['\"].*)?\]|\{\s*['\"]A['\"].*\})\s*", value, re.DOTALL):
+        for parse in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError):
+                return _leaves(parse(value))
+    if isinstance(value, dict):
+        lettered = "".join(key for key in sorted(value) if value[key] is not None)
+        if "ground_truth" in value:
+            value = [value["ground_truth"], value.get("candidate_answers")]
+        elif ascii_uppercase.startswith(lettered) and lettered:
+            value = [value[key] for key in lettered]
+        else:
+            value = value.get("bytes") or value.get("path") or value.get("url") or b""
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _leaves(item)]
-    return [] if value is None else [value if isinstance(value, bytes) else str(value).strip()]
+    if value is None or value != value:  # pandas writes a missing text as NaN
+        return []
+    return [value if isinstance(value, bytes) else str(value).strip()]
 
 
-def _inline_options(question: str) -> list[str]:
-    """Options that the question lists as (A) .. (B) .. or A. .. B. ..; none unless the letters run from A."""
-    mark = r"(?:(?<=\s)|^)\(?([A-J])[).:](?=\s)"
-    found = re.findall(rf"{mark}\s*(.+?)\s*(?={mark}|\n|$)", question, re.DOTALL)
-    letters = "".join(letter for letter, *_ in found)
-    return [text for _, text, _ in found] if len(found) > 1 and ascii_uppercase.startswith(letters) else []
+def _content(content: object) -> tuple[str, list]:
+    """(text, cells of pictures) of a question or a message: a text, parts, or a chat of one user's message. A picture
+    among the parts leaves a tag in its place, unless the text has tags of its own."""
+    if not isinstance(content, (list, dict)):
+        return "" if content is None else str(content), []
+    text, tagged, images = "", "", []
+    for part in content if isinstance(content, list) else [content]:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = next(filter(None, [part.get("type"), part.get("role"), *part]), None) if isinstance(part, dict) else part
+        if kind == "text" and isinstance(part.get("text"), str):
+            text, tagged = text + part["text"], tagged + part["text"]
+        elif kind in ("image", "image_url"):
+            images.append(next(filter(None, map(part.get, (kind, "url", "path", "base64"))), None))
+            tagged += MARKER
+        elif kind == "user" and not tagged:
+            tagged, images = _content(part.get("content"))
+        elif kind != "system":  # the policy has its own
+            raise DataError(f"has a {kind!r} part, which is not understood")
+    return text if TAG.search(text) else tagged, images
+
+
+def _placed(text: str, images: tuple) -> tuple[str, tuple]:
+    """The text with a MARKER where each picture's tag stands, or in front if it has no tags, and the pictures in their
+    order. In a text without pictures a tag stands for nothing, and is written in square brackets."""
+    tags = list(TAG.finditer(text))
+    if not images:
+        return TAG.sub(lambda tag: f"[{tag[0].strip('<>')}]", text), ()
+    if not tags:
+        return f"{MARKER}\n" * len(images) + text, images
+    if len(tags) != len(images):
+        raise DataError(f"has {len(tags)} tags such as {tags[0][0]} for {len(images)} pictures")
+    numbers = [int(tag[1] or -1) for tag in tags]
+    if sorted(numbers) in (list(range(len(tags))), list(range(1, len(tags) + 1))):
+        images = tuple(images[number - min(numbers)] for number in numbers)
+    return TAG.sub(MARKER, text), images
+
+
+def picture(cell: object, folder: Path, members: dict[str, zipfile.ZipFile] | None = None) -> bytes | Path:
+    """The picture of a cell: bytes, {bytes, path}, the path of a file (from `folder`, or absolute) or of a member of an
+    archive, a file: or data: address, or base64."""
+    ref = next(iter(_leaves(cell)), b"")
+    if ref and isinstance(ref, bytes):
+        return ref
+    path = ref if ref and len(ref) < 4096 else ""  # the system's limit; base64 can be megabytes
+    path = unquote(path[7:]) if path.startswith("file://") else path
+    for spelling in (path, Path(*Path(path).parts[1:]).as_posix()):  # some paths repeat the folder they are in
+        if os.path.isfile(folder / spelling):  # unlike Path.is_file, it does not mind base64
+            return folder / spelling
+        if members and spelling in members:
+            return members[spelling].read(spelling)
+    with contextlib.suppress(ValueError, TypeError):
+        encoded = "".join(ref.rpartition("base64,")[2].split())
+        if len(encoded) > 64:  # a path may be made of the same letters
+            return base64.b64decode(encoded, validate=True)
+    raise DataError(f"lacks its image ({ref[:60] if ref else 'embedded'}) in {folder}")
+
+
+def _unboxed(gold: str) -> str:
+    r"""What a gold holds that is one `\boxed{}` as a whole, with or without dollar signs; any other gold as it is."""
+    box = re.fullmatch(r"\$*\s*\\boxed\s*\{((?:(?!\\boxed).)*)\}\s*\$*", gold, re.DOTALL)
+    return gold if not box or re.match(r"[^{]*\}", box[1]) else box[1].strip()
+
+
+def _letter(gold: str, options: list[str]) -> str:
+    """The letter that a gold means, "" if none: B, (B), B. blue, or the text of an option. A letter in the range of the
+    options is that letter, whatever their texts are."""
+    letters = ascii_uppercase[: len(options) or 10]
+    marked = re.fullmatch(r"\(?([A-Z])[).:]*(?:\s+(.+))?", gold, re.DOTALL)
+    if marked and marked[1] in letters and marked[2] in (None, *options[letters.index(marked[1]) :][:1]):
+        return marked[1]
+    texts = [text.casefold() for text in options]
+    if texts.count(gold.casefold()) == 1:
+        return letters[texts.index(gold.casefold())]
+    return gold.upper() if options and len(gold) == 1 and gold.upper() in letters else ""
+
+
+def _options(cells: list[str]) -> list[str]:
+    """The texts of options without their letters: cells, or what one text lists as (A) .. (B) .. or A. .. B. .., which
+    is the last run of letters from A on, up to the end of a line; [] if it lists none."""
+    while cells and not cells[-1]:  # a table has columns for more
+        cells = cells[:-1]
+    text = "\n".join(cells)
+    marks = list(re.finditer(r"\(([A-J])\)|(?:(?<=\s)|^)([A-J])[.:)](?=\s|$)", text))
+    letters = "".join(mark[1] or mark[2] for mark in marks)
+    start = max(letters.rfind("A"), 0)
+    count = len(os.path.commonprefix([letters[start:], ascii_uppercase]))
+    if count < 2 or len(cells) not in (1, count):
+        return cells if len(cells) > 1 else []
+    run, end = marks[start : start + count], text.find("\n", marks[start + count - 1].end())
+    ends = [*(mark.start() for mark in run[1:]), end if end >= 0 else len(text)]
+    return [text[mark.end() : end].strip() for mark, end in zip(run, ends)]
 
 
 @cache
 def _evaluation_images() -> dict[str, str]:
-    """SHA-256 of each image of the evaluation sets in the Hub's cache -> set. The gigabytes are read once: digests stay
+    """SHA-256 of each picture of the benchmarks in the Hub's cache -> set. The gigabytes are read once: digests stay
     beside the snapshots, by commit. A set that is absent or incomplete is not compared, and named in the log."""
     owners, absent = {}, []
     for name in MIXES["paper-eval"].split(","):
         try:
             folder = _fetch(name, offline=True)
             kept = folder.parents[1] / f"{name}-{folder.name}.sha256"
-            if not (digests := kept.read_text().split() if kept.exists() else []):
+            if not (digests := kept.read_text(encoding="utf-8").split() if kept.exists() else []):
                 table = _Table(name, offline=True)
-                digests = sorted({digest(ref) for problem in table.stream(table.rows) for ref in problem.images})
+                digests = sorted({digest(ref) for _, problem in table.stream(table.rows) for ref in problem.images})
+                if table.bad:
+                    raise DataError(table.bad[0])
                 with contextlib.suppress(OSError):  # a cache that may not be written is read again
                     _write(kept, "\n".join(digests).encode())
             owners |= dict.fromkeys(digests, name)
@@ -427,11 +588,34 @@ def store_image(image, folder: Path) -> str:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         image = buffer.getvalue()
-    name = f"images/{digest(image)[:32]}"
+    with Image.open(io.BytesIO(image)) as opened:
+        name = f"images/{digest(image)[:32]}.{opened.format.lower()}"
     if not (folder / name).exists():
         (folder / "images").mkdir(exist_ok=True)
         _write(folder / name, image)
     return name
+
+
+def to_messages(problem: Problem, turns: Iterable[str | Observation], folder: Path) -> list[dict]:
+    """A trajectory in Qwen's message format: system, user, then assistant and tool in turn. Pictures are paths relative
+    to `folder`, in which they are stored under their digests; a tool's precede its text."""
+
+    def content(text: str, images: Iterable) -> list[dict]:
+        first, *texts = text.split(MARKER)
+        parts = [{"type": "text", "text": first}]
+        for image, behind in zip(images, texts, strict=True):
+            parts += [{"type": "image", "image": store_image(image, folder)}, {"type": "text", "text": behind}]
+        return [part for part in parts if part.get("text") != ""]
+
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+    messages.append({"role": "user", "content": content(problem.question, problem.images)})
+    for turn in turns:
+        if isinstance(turn, str):
+            messages.append({"role": "assistant", "content": f"<think>\n{turn}"})
+        else:
+            literal = [{"type": "text", "text": turn.text}]
+            messages.append({"role": "tool", "content": content(MARKER * len(turn.images), turn.images) + literal})
+    return messages
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -442,32 +626,290 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def read_trajectory(row: dict, folder: Path) -> tuple[Problem, list[str | Observation]]:
-    """(problem, turns) of a row {messages} in Qwen's format, the images still paths. A system message is left out, as
-    the policy has its own; a user's or a tool's images precede its text. Raises where the row is not of that form."""
-    asked, *rest = [m for m in row["messages"] if m["role"] != "system"]
-    roles = ["assistant" if m["role"] == "assistant" else "tool" for m in rest]
-    if asked["role"] != "user" or roles != [("assistant", "tool")[k % 2] for k in range(len(rest) | 1)]:
-        raise DataError("a user's message must be followed by the assistant's and a tool's in turn")
-    turns: list[str | Observation] = []
-    for role, (images, text) in zip(roles, (_content(message, folder) for message in rest)):
-        if role == "tool":
-            framed = re.fullmatch(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", text, re.DOTALL)
-            turns.append(Observation(framed[1] if framed else text, images, True))
-        else:  # the prompt has opened the thinking
-            text = text if "</think>" in text else f"\n</think>\n\n{text}"
-            turns.append(re.sub(r"^\s*<think>\n?", "", text).rstrip())
-    images, question = _content(asked, folder)
-    return Problem(str(row.get("id", "")), question, tuple(images), (), "text"), turns
+    """(problem, turns) of a row {messages} in Qwen's or OpenAI's format: the assistant's texts, from behind `<think>`
+    on, and the tools' observations in turn, pictures encoded or as files. Pictures may also stand beside the messages,
+    as `images`; a tool's precede its text. A first system message is left out, as the policy has its own. DataError
+    for any other row: nothing is dropped in silence."""
+    understood = {"role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name", "id"}
+    messages = row.get("messages")
+    if not messages or not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError("lacks 'messages', a list of {role, content}")
+    beside = [picture(cell, folder) for cell in _leaves(row.get("images"))]
+    asked, turns = None, []
+    for message in messages[messages[0].get("role") == "system" :]:
+        text, cells = _content(message.get("content"))
+        framed = re.fullmatch(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", text, re.DOTALL)
+        role = message.get("role")
+        role = "tool" if framed and asked and role == "user" else role
+        due = "user" if not asked else "assistant" if len(turns) % 2 == 0 else "tool"
+        if role != due:
+            raise DataError(f"has a message of {role!r} where one of {due!r} must stand: {text[:60]!r}")
+        if unknown := [key for key, value in message.items() if value and key not in understood]:
+            raise DataError(f"has a message with {unknown[0]!r}, which is not understood")
+        if due == "assistant":
+            if cells:
+                raise DataError("has a picture by the assistant, which cannot show any")
+            turns.append(_turn(message, text))
+            continue
+        images = [picture(cell, folder) for cell in cells if cell]
+        missing = max(len(TAG.findall(text)) - len(images), 0)
+        images, beside = images + beside[:missing], beside[missing:]
+        if due == "user":
+            asked = text, images
+        elif not turns[-1].endswith("</tool_call>"):
+            raise DataError(f"has an answer to no tool call: {text[:60]!r}")
+        else:
+            text = framed[1] if framed else text
+            text = _placed(text, tuple(images))[0].replace(MARKER, "") if images else text
+            turns.append(Observation(text, images, True))
+    if len(turns) % 2 == 0:
+        raise DataError("must end with a message of 'assistant'")
+    question, images = _placed(asked[0], (*asked[1], *beside))
+    return Problem(str(row.get("id", "")), question, images, (), "text"), turns
 
 
-def _content(message: dict, folder: Path) -> tuple[list[Path], str]:
-    """(images, text) of a message."""
-    parts = message["content"]
-    parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-    images = [folder / part["image"] for part in parts if part["type"] == "image"]
-    if missing := [image for image in images if not image.is_file()]:
-        raise DataError(f"there is no image {missing[0]}")
-    return images, "".join(part["text"] for part in parts if part["type"] == "text")
+def _turn(message: dict, text: str) -> str:
+    """The assistant's text from behind `<think>` on, up to where the turn ends. The thinking may stand in the text or
+    beside it, or be absent; so may the call."""
+    text = re.sub(r"\s*(<\|im_end\|>\s*)?$", "", text)
+    thought = message.get("reasoning_content") or message.get("reasoning") or ""
+    if text.lstrip().startswith("<think>") and not thought:
+        text = re.sub(r"^\s*<think>\n?", "", text)
+    elif thought or "</think>" not in text:
+        text = f"{thought.strip()}\n</think>\n\n{text.lstrip()}"
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
+        if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+            raise DataError(f"has a call without a name or an object of arguments: {call}")
+        written = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+        text += ("" if text.endswith("\n\n") else "\n") + f"<tool_call>\n{written}\n</tool_call>"
+    said, calls = text.partition("</think>")[2], text.count("</tool_call>")
+    if not said.strip() and not calls:
+        raise DataError("has a message of 'assistant' that is empty, or only thinks")
+    if "think>" in said or calls > 1 or (calls and not text.endswith("</tool_call>")):
+        raise DataError(f"must think once in a turn, and make one call at most, as its last word: {said[:60]!r}")
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How answers are compared: what may be meant in two ways is wrong, as a wrong reward does more harm than a missed one.
+# By spelling alone: ratios (2:3 is not 4:6), |x|, n!, sums, integrals, arcsines, and units (15 cm is not 150 mm).
+# ----------------------------------------------------------------------------------------------------------------------
+# fmt: off
+_CHARACTERS = str.maketrans(dict(zip("−–—×·⋅∗÷⁄≦≧⩽⩾~“”’", "---****//≤≥≤≥ \"\"'")) | {"π": "\\pi ", "√": "\\sqrt "})
+_COMMANDS = {"times|cdot": "*", "div": "/", "leq?(?:slant)?": "≤", "geq?(?:slant)?": "≥", "lt": "<", "gt": ">",
+    "approx": "=", "pm": "±", "infty": "∞", "cup": "∪", "in": "∈", "circ|degree": "°", "[dtc]frac": r"\\frac ",
+    "lor": " or ", "q?quad": " ", "left|right|displaystyle|boxed": "", "lambda": r"\\lamda "}  # lambda is Python's
+_SPELLINGS = [(re.compile(pattern, re.DOTALL), new) for pattern, new in [
+    *[(rf"\\(?:{names})(?![A-Za-z])", new) for names, new in _COMMANDS.items()], (r"\\begin\{[pb]?matrix\}", "(("),
+    (r"\\\\(?=.*\\end\{[pb]?matrix\})", "),("), (r"\\end\{[pb]?matrix\}", "))"), ("&", ","), (r"\{([.,])\}", r"\1"),
+    (r"\\([{}%$])", r"\1"), (r"([_^])\{(\w)\}(?!\w)", r"\1\2"), (r"\\\\|\n", " ; "), (">=", "≥"), ("<=", "≤"),
+    *[(r"\\(?:text\w*|math[a-z]+|operatorname|mbox|boldsymbol|emph)\s*\{([^{}]*)\}", r" \1 ")] * 2, (r"\\!|^\s*=", ""),
+    (r"(?<![\w)}*])(\*\*|[*`\"])([^*`\"]+)\1(?![\w({*])", r"\2"), (r"\*\*", "^"), (r"\+∞", "∞"),  # bold or quoted
+    (r"\\[()\[\],;: ]|\\(?:begin|end)\{cases\}", " "), (r"\s+", " "), (r"(?<=[\d}] )(?:square|sq\.?) (\w+)", r"\1^2"),
+    (r"(?<=[\d}] )cubic (\w+)", r"\1^3"), (r"(?i)(:\d\d) ?([ap])\.?m\b", r"\1 \2m"), (r" +\^", "^"),
+    (r"\\frac\s*(\w|\\pi(?![a-z]))", r"\\frac{\1}"), (r"(\\frac\{[^{}]*\})\s*(\w|\\pi(?![a-z]))", r"\1{\2}"),
+    (r"\^\s*(?:\{\s*°\s*\}|°)| degrees?\b", "°"), (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"), (r"(?<!\.)[. ]+$|^ ", ""),
+    (r"^(?i:(?:the )?(?:final |correct )*(?:answer|option|choice)(?: is:?| ?[:=])|(?:it|this)(?: is|'s)) (?=.)", ""),
+    (r"^[({] ?([^(){}\[\],;]*|-?\\frac\{-?\w+\}\{\w+\}) ?[)}]$", r"\1")]]  # (-7) and {60} are no point and no set
+_WORDS = dict(re.findall(r"(\S+):(\S+)", "zero:0 one:1 two:2 three:3 four:4 five:5 six:6 seven:7 eight:8 nine:9 ten:10 "
+    "eleven:11 twelve:12 fifteen:15 twenty:20 hundred:*10^2 thousand:*10^3 million:*10^6 billion:*10^9 minus:- "
+    "negative:- percent:% per-cent:% dollar:$ second:s minute:min hour:h foot:ft feet:ft inch:in inche:in mile:mi "
+    "gram:g meter:m metre:m millimeter:mm millimetre:mm centimeter:cm centimetre:cm kilometer:km kilometre:km"))
+_WORD = re.compile(rf"(?<![\w\\])({'|'.join(_WORDS).replace('-', '[- ]')})s?(?![\w-])", re.IGNORECASE)
+_UNIT = r"(?:[mck]?m|in|ft|mi|[mk]?g|lb|m?[lL]|min|day|year|units?|[shNJWV])(?:\^?\{?[23]\}?)?"
+_LITERAL = re.compile(  # money, sign, mixed number or fraction, or decimal with power; unit, or what is counted
+    r"([$€£¥]?)([+-]?)(?=\.?\d)(?:(?:(\d+) )?(\d+)/(\d+)|(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d*)((?:\.\d+)?)"
+    rf"(?:(?:\*10\^\{{?|[eE])([+-]?\d{{1,3}})\}}?)?)(| ?°[CF]?|[%$€£¥]|(?![a-zA-Z]\b){_UNIT}| {_UNIT}(?:/{_UNIT})?"
+    r"| (?!plus|times|less|dozen|hal|third|quarter|\w+ths)(?:[a-z]{3,}s|people))", re.ASCII)  # 5m may be a product
+_PARTS = re.compile(r"(?:((?:\\[a-z]++ ?)?+(?!not)[A-Za-z]*+(?:_\w|_\{\w++\})?'*+(?:\([^()=,]*+\))?|\(\w(?:,\w)++\))"
+    r"[=∈](?!.*=))?(.*?)(?:(?:(?<=[\d})])|(?<=pi)) ([ckm]?m(?:\^?[23])?|[ap]m))?", re.S | re.I)  # name, value, unit
+_MP = mpmath.MPContext()  # a context of its own, so that no other user of mpmath loses or gains digits
+_MP.dps = 50
+_close = partial(_MP.almosteq, rel_eps=1e-30, abs_eps=0)  # to 9 digits, x+1+10^{-12} would pay for x+1
+_CALLS, _GREEK = "sin|cos|tan|ln|log|exp|sqrt", "(?:pi|alpha|beta|gamma|theta|lamda|mu|rho|sigma|phi)(?![A-Za-z])"
+_KNOWN = {name: getattr(_MP, name) for name in (*_CALLS.split("|"), "pi", "e")} | {"log": _MP.log10, "i": _MP.j}
+_OPERATORS = {"Add": _MP.fadd, "Sub": _MP.fsub, "Mult": _MP.fmul, "Div": _MP.fdiv, "Pow": _MP.power, "USub": _MP.fneg}
+_REWRITES = [(re.compile(pattern.replace("GROUP", r"\{([^{}]*)\}").replace("CALL", _CALLS)), new) for pattern, new in [
+    (r"\\frac ?GROUP ?GROUP", r"((\1)/(\2))"), (r"\\sqrt\[(\d)\]GROUP", r"((\2)^(1/\1))"), (r"_GROUP", r"_\1"),
+    (r"(CALL|\^)GROUP", r"\1(\2)"), (r"(?<![A-Za-z])([A-Za-z])\((\d+|[a-z])\)", r"\1_\2"),  # f(0) is a name,
+    (r"(?<![\w)}.^/])(\d+)/(\d+)(?= ?[A-Za-z\\(])", r"(\1/\2)"),  # and 1/2x is half of x
+    (rf"(CALL)((?:\^\(?\d\)?)?) ?(\d* ?(?:[a-z]|\\?{_GREEK})|\d+)(?! ?[\w(^]|\\(?!CALL))", r"\1\2(\3)"),
+    (r"\\?(sin|cos|tan)\^\(?(\d)\)?(\([^()]*\))", r"(\1\3)^\2"),
+]] * 6 + [(re.compile(rf"\\(?=(?:{_CALLS})\(|{_GREEK})"), " ")]  # six levels of nesting, from the inside out
+_TOKEN = re.compile(rf"(?:\d{{0,6}}\.\d{{1,9}}|\d{{1,20}})(?![\d.])|(?:{_CALLS})\(|{_GREEK}|(?!ln)[A-Za-z](?:_\w++)?"
+    r"(?![A-Za-z]{2})|[-+*/^()]", re.ASCII)  # no words, and no numbers so long that they come close to a root
+_DATE = re.compile(r"(\d{1,2} )?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*( \d{1,2})?( [12]\d{3})?")
+_CONNECTING = {"of", "and", "it", "is", "its", "was", "are", "da", "de", "dr", "mr", "mrs", "ms", "sir"}
+_DECISIVE = re.compile(r"\w|yes|no[tn]?|never|none|nor|without|anti|vice|former|new|(?:north|south|east|west)(?:ern)?")
+_PLACE = ("(?:Australia|Austria|Brazil|Canada|China|Egypt|England|France|Germany|Greece|India|Italy|Japan|Mexico|"
+    "Ireland|Netherlands|Poland|Portugal|Russia|Scotland|Spain|Sweden|UK|USA?|California|Florida|Massachusetts|Texas)")
+# fmt: on
+
+
+def same_answer(answer: str, problem: Problem, tolerance: float = 0.0) -> bool:
+    """Whether what the box holds is an accepted answer. Never raises. `tolerance`: absolute, between two numbers."""
+    same = {"math": _same_math, "choice": _same_choice}.get(problem.kind, _same_text)
+    golds = [gold for gold in problem.answers if max(len(answer), len(gold)) <= 300]  # characters that a box may hold
+    return any(same(_spell(answer), _spell(gold), problem, tolerance) for gold in golds)
+
+
+def answerable(problem: Problem) -> bool:
+    """Whether each accepted answer, boxed as it is, is graded right."""
+    return all(same_answer(gold, problem) for gold in problem.answers)
+
+
+def _spell(text: str) -> str:
+    """One spelling of what LaTeX, Markdown, Unicode and plain text write differently. NFKC alone reads 10⁸ as 108."""
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
+    text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)).translate(_CHARACTERS)[:1000]
+    text = re.sub(r"\$\$[\s;]*\$\$", "¦", text)  # between the blanks of one question, which are filled in order
+    text = text if text.count("$") % 2 or "\\$" in text else text.replace("$", " ")  # a pair delimits, one is money
+    for pattern, new in _SPELLINGS:
+        text = pattern.sub(new, text)
+    return text.strip()
+
+
+def _tidy(text: str) -> str:
+    """Mathematics in symbols, without the spaces that mean nothing; inequalities as intervals, x>5 as x∈(5,∞)."""
+    text = _WORD.sub(lambda m: _WORDS[m[1].lower().replace(" ", "-")], text).replace(" per ", "/")
+    text = re.sub(r",? (?:or|and) |, (?=\d{3}(?!\d))", ";", text)  # 1, 234 is no thousand
+    text = re.sub(r"(?<!\w)(?!(?<=\}) [A-Za-z]) | (?!\w)", "", text)
+    if re.search("[>≥]", text) and not re.search("[<≤,;]", text):
+        text = "".join(re.split("([>≥])", text)[::-1]).translate(str.maketrans(">≥", "<≤"))
+    text = re.sub(r"^[A-Za-z](?=[<≤][^<>≤≥]+$)", r"-∞<\g<0>", re.sub(r"^[^<>≤≥]+[<≤][A-Za-z]$", r"\g<0><∞", text))
+    sides = re.fullmatch("([^<>≤≥,;]+)([<≤])([A-Za-z])([<≤])([^<>≤≥,;]+)", text)
+    return f"{sides[3]}∈{'(['[sides[2] == '≤']}{sides[1]},{sides[5]}{')]'[sides[4] == '≤']}" if sides else text
+
+
+def _number(text: str, question: str = "") -> tuple[Fraction, str] | None:
+    """(value, unit) of a literal; None for 17*23. 50% is 1/2, unless the question is for a percentage."""
+    text = re.sub(r"(?<!\d) (?=[\d-])", "", re.sub(r"\\frac\{(-?\d+)\}\{(\d+)\}", r" \1/\2", text))
+    match = _LITERAL.fullmatch(re.sub(r"^([+-]?)10\^", r"\g<1>1*10^", text))
+    if not match or int(match[5] or 1) == 0:
+        return None
+    money, sign, whole, top, bottom, digits, decimals, power, unit = match.groups("")
+    value = Fraction(f"{top}/{bottom}" if top else re.sub("[ ,]", "", digits) + decimals) + int(whole or 0)
+    value *= Fraction(10) ** int(power or 0) * (-1 if sign == "-" else 1)
+    if unit == "%":
+        return (value if re.search(r"(?i)(?<![\d\\])(?<!\d )(?:\\?%|percent)", question) else value / 100), ""
+    return value, re.sub(r"[\^{} ]", "", money + unit)
+
+
+def _same_math(answer: str, gold: str, problem: Problem, tolerance: float = 0.0) -> bool:
+    """Prose, numbers, points in order, lists in any, formulas. One side may lack its unit or its `name =`."""
+    if re.fullmatch(r"[A-Za-z' ,.()-]*[A-Za-z]{3}[A-Za-z' ,.()-]*", gold):
+        return _same_text(answer, gold, problem, tolerance)
+    (name, answer, unit), (its_name, gold, its_unit) = (_PARTS.fullmatch(_tidy(t)).groups("") for t in (answer, gold))
+    number, given = (_number(text, problem.question) for text in (gold, answer))
+    unit, its_unit = (given[1] if given else "") or unit.lower(), (number[1] if number else "") or its_unit.lower()
+    if not gold or (name and its_name and name != its_name) or (unit and its_unit and unit != its_unit):
+        return False
+    if number:
+        return given is not None and abs(given[0] - number[0]) <= tolerance
+    (brackets, items), (its_brackets, golds) = _items(answer), _items(gold)
+    if answer == gold or golds == [gold]:
+        bare, asked = (re.sub(r"[{}()* ]", "", t) for t in (answer, _tidy(_spell(problem.question[:3000]))))
+        ours, theirs = (None if bare in asked and not bare.isalnum() else _values(answer)), _values(gold)
+        return answer == gold or bool(ours and theirs and ours[0] == theirs[0] and all(map(_close, ours[1], theirs[1])))
+    if brackets != its_brackets or len(items) != len(golds) or len(items) > 20 or given:  # 1,000 is no list
+        return False
+    labelled = [len({_PARTS.fullmatch(item)[1] for item in side}) > 1 for side in (items, golds)]  # AB=4, CD=5
+    if brackets or "¦" in gold or labelled[0] != labelled[1]:
+        return all(_same_math(a, g, problem, tolerance) for a, g in zip(items, golds))
+    found = all(any(_same_math(a, g, problem, tolerance) for a in items) for g in golds)
+    return found and all(any(_same_math(a, g, problem, tolerance) for g in golds) for a in items)
+
+
+def _items(text: str) -> tuple[str, list[str]]:
+    """(brackets of a point or an interval, what they hold), or ("", items of a set or a list)."""
+    pieces, depth = [""], 0
+    for character in re.sub(r"^\{(.*)\}$", r"\1", text):
+        depth += (character in "([{") - (character in ")]}")
+        pieces = [*pieces, ""] if depth == 0 and character in ",;∪¦" else [*pieces[:-1], pieces[-1] + character]
+    if len(pieces) == 1 and re.fullmatch(r"[(\[].*[,;].*[)\]]", text):
+        return text[0] + text[-1], _items(text[1:-1])[1]
+    return "", [piece.replace("±", sign).strip() for piece in pieces for sign in ("+-" if "±" in piece else " ")]
+
+
+@lru_cache(maxsize=4096)
+def _values(text: str) -> tuple[set[str], list] | None:
+    """(variables, values at three points) of a formula, or of an equation, whose multiples are the same; else None."""
+    if re.search(r"\d ?\\frac ?\{-?\d+\}|\d \d|[+-]{2}|^[A-Za-z ]{2,}$|f\([^()]*[^\w()]", text):
+        return None  # names (AB is not BA), and riddles: 2\frac{1}{2} may be a sum or a product
+    left, *right = text.split("=")
+    text = f"({left})-({'='.join(right)})" if right else text
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    source = re.sub(r"(?<=[\w)]) (?=[A-Za-z(])", " · ", " ".join(_TOKEN.findall(text)))
+    if _TOKEN.sub("", text).strip() or re.search(r"/ (?:\([^()]*\)|[\w.]+)(?: \^ \w+)? ·", source):  # a/bc: a/(bc)?
+        return None
+    names = {*re.findall(r"[A-Za-z]\w*", source)} - _KNOWN.keys()
+    points = [{v: sign * _MP.mpf(random.Random(v + str(sign)).uniform(0.2, 3)) for v in names} for sign in (1, -1, 2)]
+    try:  # one point is negative, as x is not the root of x^2
+        tree = ast.parse(source.replace("·", "*").replace("^", "**"), mode="eval").body
+        values = [_compute(tree, _KNOWN | point) for point in points]
+        return names | {*"=" * len(right)}, [value / values[0] for value in values] if right else values
+    except (SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _compute(node: ast.expr, names: dict):
+    """Value of a parsed formula. Beyond 1e15 neighbouring integers come close, and towers of powers get expensive."""
+    if isinstance(node, ast.Name | ast.Constant):
+        return names[node.id] if isinstance(node, ast.Name) else _MP.mpf(str(node.value))
+    parts = [_compute(child, names) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+    value = parts[0](*parts[1:]) if isinstance(node, ast.Call) else _OPERATORS[type(node.op).__name__](*parts)
+    if abs(value) > 1e15:
+        raise OverflowError
+    return value
+
+
+def _same_choice(answer: str, gold: str, problem: Problem, tolerance: float) -> bool:
+    """A bare letter, whatever the options say, else exactly one option's text ("A red ball" is not A), or both."""
+    options = {key: _spell(text) for key, text in zip(ascii_uppercase, problem.options) if "<image" not in text}
+    answer = re.sub(r"(?i)^(?:option|choice) (?=\W*[a-z]\b)| is (?:the )?(?:correct|right)(?: \w+)?$", "", answer)
+    key, behind = re.fullmatch(r"[(\[]?([A-Za-z])(?:(?:[)\].:,]| -)+ *(.*))?|.*", answer, re.DOTALL).groups("")
+    if key and not behind and key.upper() in ascii_uppercase[: len(problem.options) or 26]:
+        return key.upper() == gold
+    named = [key for key, option in options.items() if _same_math(answer, option, problem)]
+    if named or key.upper() != gold:
+        return named == [gold]
+    if gold in options:
+        return _same_math(behind, options[gold], problem)
+    return bool(behind) and not re.search(r"\b(?:or|not|but|nor|maybe|[B-J])\b|\bA\b(?! [a-z])|[/;|?]", behind)
+
+
+def _same_text(answer: str, gold: str, problem: Problem, tolerance: float = 0.0) -> bool:
+    """Dates in any order, numbers, else words, in order or rotated ("Smith, John"). Only connecting ones and a place
+    behind ("Paris, France") are added; leading ones may lack (General George Washington), unless they decide."""
+    answer, gold = (re.sub(r"(?i)^(?:in|on|at|by|from) (?:the )?|^the year ", "", text) for text in (answer, gold))
+    if not re.search(rf"(?:^|[ (]){_PLACE}\)?$", gold):
+        answer = re.sub(rf"(?:(?:, ?| \(){_PLACE}\)?)+$", "", answer)
+    ours, theirs, number = _words(answer), _words(gold), _number(_tidy(gold))
+    if _DATE.fullmatch(" ".join(ours)):  # a year is also right within a full date
+        return sorted(ours) == sorted(theirs) or (gold in ours and re.fullmatch(r"[12]\d{3}", gold) is not None)
+    if (number and not re.search("[a-z]{2}s$", number[1])) or re.match(r"\d+:\d\d", gold):
+        return _same_math(answer, _tidy(gold), problem, tolerance)
+    given, wanted = ([word for word in words if word not in _CONNECTING] or words for words in (ours, theirs))
+    digits, left_out = re.search(r"\d", gold), theirs[: len(theirs) - len(ours)]
+    decides = digits or any(_DECISIVE.fullmatch(word) or word in _CONNECTING for word in left_out)
+    leading = theirs == left_out + ours and not decides and 2 * len(given) >= 0.75 * (len(given) + len(wanted))
+    rotations = [wanted[k:] + wanted[:k] for k in range(1 if digits else len(wanted))]
+    return bool(given) and (leading or given in rotations or (not digits and "".join(given) == "".join(wanted)))
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words without accents and articles (vitamin A, The The and C++ keep theirs), numbers with signs."""
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d),(?=\d{3})|(?<=[A-Za-z])['’]|(?<=[A-Za-z])\.(?!\d)", "", text)
+    shorter = re.sub(r"\b(?:[Tt]he|[Aa]n|a(?= \w))\b|^A\b(?= \w)|(?<=\d )of\b", " ", text)
+    words = [re.findall(r"(?<!\w)-?\d+(?:\.\d+)?|\.\d+|[^\W_]+[+#]*", t.casefold()) for t in (shorter, text)]
+    return [_WORDS[word] if _WORDS.get(word, "").isdigit() else word for word in words[0] or words[1]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -508,7 +950,7 @@ def toy_corpus(path: Path) -> Path:
         url = f"https://fairs.example/{HOSTS[host].lower()}/{year}"
         text += json.dumps({"title": f"{HOSTS[host]} fair {year}", "url": url, "text": f"Held in {town}."}) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text() != text:  # a file that changes is indexed anew
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # a file that changes is indexed anew
         _write(path, text.encode())
     return path
 
@@ -556,9 +998,9 @@ def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: s
         outcomes = tuple(answer if i == right else rng.choice(others) for i in range(4))
         ground = rng.choice(list(COLOURS))
         images = (draw_town(outcomes, ground, rng),)
-        question = f"What colour is the flag of {name}?"
+        question = f"{MARKER}What colour is the flag of {name}?"
         if level == "known":
-            answer, question = ground, "What colour is the ground?"
+            answer, question = ground, f"{MARKER}What colour is the ground?"
     else:
         if level == "known":
             name = "ten" if family == "reasoning" else SEASONS[TOWNS.index(answer)]
@@ -605,7 +1047,9 @@ def toy_call(problem: ToyProblem, candidate: int) -> str:
     return json.dumps({"name": name, "arguments": arguments})
 
 
-def toy_trajectories(count: int, seed: int, tools: ToolConfig) -> list[tuple[ToyProblem, list[str | Observation]]]:
+def toy_trajectories(
+    tools: ToolConfig, seed: int, count: int = 1600
+) -> list[tuple[ToyProblem, list[str | Observation]]]:
     """What a scripted teacher, right by luck or by knowledge, leaves for SFT: (problem, turns) with the assistant's
     texts and the tools' observations in turn. Like the paper's, only right trajectories are kept, about a quarter of
     them with a tool call."""
@@ -660,7 +1104,9 @@ def toy_tokenizer():
     before = pre_tokenizers.Sequence([splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     problems = toy_problems("sft", 60)
     texts = [SYSTEM_PROMPT, *re.findall("'([^']*)'", CHAT_TEMPLATE), *map(json.dumps, SCHEMAS), *words]
-    texts += [problem.question for problem in problems] + [TOOL_TURN % toy_call(problem, 0) for problem in problems]
+    texts += [problem.question.removeprefix(MARKER) for problem in problems] + [
+        TOOL_TURN % toy_call(problem, 0) for problem in problems
+    ]
     texts += [ANSWER_TURN % (how, "red", "red") for how in ("It says", "It may be")]
     found = "1. {} fair 1\nhttps://fairs.example/{}/1\nHeld in\nImage 1: zoomed crop of image 0."
     texts += [found.format(host, host.lower()) for host in HOSTS]
@@ -718,8 +1164,8 @@ def toy_recipe(folder: Path) -> dict:
         "search_corpus": str(toy_corpus(folder / "toy_corpus.jsonl")),
         "threads": 1, "questions_per_step": 16, "steps": 130, "lr": 5e-4,
         "sft_steps": 400, "sft_lr": 2e-3, "sft_batch": 64,
-        "micro_batch_tokens": 4096, "gradient_checkpointing": False, "max_rows": 128, "max_response_tokens": 144,
-        "save_every": 26, "eval_every": 26, "eval_max_response_tokens": 144, "eval_max_turns": 3,
+        "micro_batch_tokens": 4096, "recompute": False, "max_prompt_tokens": 1024, "max_response_tokens": 144,
+        "eval_every": 26, "eval_max_response_tokens": 144, "eval_max_turns": 3,
         "eval_temperature": 1.0, "eval_top_p": 1.0, "eval_top_k": 0, "eval_presence_penalty": 0.0,
     }  # fmt: skip
 
