@@ -1148,7 +1148,7 @@ def start_processes(cfg: Config) -> None:
     world, gpus = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
     patience = timedelta(hours=2)  # so long may one process still roll out, or the first grade, while the others wait
     if DEVICE == "cpu":
-        if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        if Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
             raise ValueError("torch cannot use the GPU: update its driver (or do without, by CUDA_VISIBLE_DEVICES=)")
         torch.set_num_threads(cfg.threads or max(1, os.cpu_count() // world))
     elif world == 1 and gpus > 1:
