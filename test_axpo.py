@@ -25,10 +25,11 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -3053,3 +3054,284 @@ def test_a_job_that_fails_prints_its_one_sentence(own_run):
     assert done.returncode != 0 and done.stderr.count("axpo.py: cannot load --model /no/such/folder: ") == 1
     assert "axpo.py:" not in done.stdout and 'axpo.py", line' not in done.stderr  # torchrun's own traceback comes last
     assert not Path("runs/failing").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmarks: `pytest -m bench -s`, and only then. Every number is a ratio to what takes turns with it in the same run,
+# in seconds and in CPU seconds of this thread, which other programs on the machine, and waits for a tool, disturb less.
+# ----------------------------------------------------------------------------------------------------------------------
+with warnings.catch_warnings():  # pytest would have its marks listed in a file of their own
+    warnings.simplefilter("ignore")
+    marked = pytest.mark.bench
+
+
+def bench(test):
+    """Collected where `-m bench` asks for it."""
+    return marked(test) if "bench" in sys.argv else None
+
+
+def timed(work):
+    """Seconds and CPU seconds that it takes."""
+    began = np.array([time.perf_counter(), time.thread_time()])
+    work()
+    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    return np.array([time.perf_counter(), time.thread_time()]) - began
+
+
+def race(title, contenders, rounds, target="none"):
+    """Let the contenders {name: function} take turns, after one round to warm up. Returns their median seconds."""
+    seconds = [{name: timed(work) for name, work in contenders.items()} for _ in range(rounds + 1)]
+    return report(title, {name: [of[name] for of in seconds[1:]] for name in contenders}, target)
+
+
+def report(title, seconds, target="none"):
+    """Each contender's median of [seconds, CPU seconds] and their ratios to the first one's, round by round."""
+    print(f"\n{title} (target: {target}), load {os.getloadavg()[0]:.1f}")
+    for name, own in seconds.items():
+        for unit, x, first in zip(("s", "CPU s"), np.transpose(own), np.transpose(next(iter(seconds.values())))):
+            ratios = sorted(x / first)
+            print(f"  {name:<24}{np.median(x):8.3f} {unit:<6}", end="")
+            print(f"{np.median(ratios):6.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    return {name: np.median(own, axis=0)[0] for name, own in seconds.items()}
+
+
+def longer(problem, words):
+    """The toy's prompts have 81 tokens, as its vocabulary holds whole sentences. 142 words make them 365, which is what
+    a plain question and the tools' schemas take in Qwen's."""
+    return replace(problem, question=" Mira" * words + problem.question)
+
+
+def endless(policy):
+    """It can neither end a turn nor call a tool: every rollout is as long as allowed."""
+    policy.bias[[*policy.eos, policy.call_open]] = -math.inf
+    return policy
+
+
+@pytest.fixture(scope="module")
+def bench_cfg(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("bench"))
+    return axpo.parse(["--output_dir", folder, "--sft_steps", "200", "--sft_batch", "48"])
+
+
+@pytest.fixture(scope="module")
+def practised(bench_cfg):
+    """A checkpoint that calls tools: AXPO_BENCH_MODEL, or the toy after SFT, behind short and long prompts."""
+    if path := os.environ.get("AXPO_BENCH_MODEL"):
+        return path
+    folder, pairs = Path(bench_cfg.output_dir) / "practised", data.toy_trajectories(bench_cfg, 0, 1200)
+    pairs = [(longer(problem, 142 * (i % 3 == 0)), turns) for i, (problem, turns) in enumerate(pairs)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "toy_trajectories", lambda *_: pairs)
+        axpo.train_sft(axpo.load_policy("toy", bench_cfg), bench_cfg, axpo.Run(folder, bench_cfg))
+    return str(folder / "sft")
+
+
+def plain_model(folder):
+    """A checkpoint as transformers runs it."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder).eval()
+
+
+def generate_again(model, policy, rollouts, cfg):
+    """Finished rollouts once more, in the way of trainers that build on `generate`: turn by turn, one call over all
+    rows that have the turn, left-padded, everything before it encoded anew; then the tools, on as many threads. A
+    logits processor dictates the same tokens."""
+    boxes, pool = {id(r): Toolbox(r.problem.images, cfg) for r in rollouts}, ThreadPoolExecutor(8)
+    for turn in range(max(r.turns for r in rollouts)):
+        rows = [r for r in rollouts if r.turns > turn]
+        spans = [np.flatnonzero(np.diff([0, *r.sampled, 0]))[2 * turn : 2 * turn + 2] for r in rows]  # of the turn
+        width, longest = max(start for start, _ in spans), max(end - start for start, end in spans)
+        ids = torch.full((len(rows), width), policy.tokenizer.pad_token_id)
+        seen, script = torch.zeros_like(ids), torch.full((len(rows), longest), policy.end)
+        for i, (r, (start, end)) in enumerate(zip(rows, spans)):
+            ids[i, width - start :], seen[i, width - start :] = torch.tensor(r.ids[:start]), 1
+            script[i, : end - start - 1] = torch.tensor(r.ids[start : end - 1])  # and <|im_end|> for the last one
+        inputs = {"input_ids": ids, "attention_mask": seen, "mm_token_type_ids": (ids == policy.image_id).int()}
+        if pictures := [p for r, (start, _) in zip(rows, spans) for p in r.pictures if p.start < start]:
+            inputs["pixel_values"] = torch.cat([p.pixels for p in pictures])
+            inputs["image_grid_thw"] = torch.tensor([p.grid for p in pictures])
+
+        def dictate(ids, scores, script=script, width=width):
+            return torch.full_like(scores, -math.inf).scatter(1, script[:, ids.shape[1] - width, None], 0.0)
+
+        out = model.generate(
+            **inputs, max_new_tokens=int(longest), do_sample=True, top_k=0, top_p=1.0, pad_token_id=policy.end,
+            eos_token_id=policy.end, logits_processor=[dictate],
+        )  # fmt: skip
+        assert torch.equal(out[:, width:], script)
+        called = [(boxes[id(r)], r.ids, r.calls[turn]) for r in rows if r.turns - 1 > turn]
+        texts = [policy.tokenizer.decode(ids[call.start : call.end - 1]) for _, ids, call in called]
+        for observation in pool.map(lambda row, text: row[0].call(text), called, texts):
+            [policy.encode_image(image) for image in observation.images]
+    pool.shutdown()
+    for box in boxes.values():
+        box.close()
+
+
+@bench
+@pytest.mark.parametrize("words, equal, target", [(0, False, "3 x"), (142, False, "3 x"), (0, True, "")])
+def test_bench_rollouts_against_generate(practised, bench_cfg, words, equal, target):
+    """Equally long, and without tools, is the case best for generate: what is left is prefill and the decode step."""
+    policy, model = axpo.load_policy(practised, bench_cfg, False), plain_model(practised)
+    problems = [longer(problem, words) for problem in data.load("toy", 8 if equal else 16)]
+    sampling = Sampling(1.0, max_response_tokens=144)
+    first = siblings(endless(policy) if equal else policy, problems, 8)
+
+    def engine():
+        rollouts = [r.parent.fork(r.prompt_len, r.seed) for r in first]
+        return rolled_out(axpo.Engine(policy, sampling, bench_cfg), rollouts)
+
+    ways = {"engine": engine, "generate": partial(generate_again, model, policy, engine(), bench_cfg)}
+    race(f"{len(first)} {'equal ' * equal}rollouts, {first[0].prompt_len}-token prompts", ways, 5, target)
+
+
+def rl_step(name, cfg, problems, change=lambda policy: policy):
+    """A function that takes one RL step after the other with a vanishing learning rate, so that all are alike."""
+    policy, reference, steps = change(axpo.load_policy(name, cfg)), axpo.load_policy(name, cfg, False), iter(range(999))
+    optimizer = axpo.make_optimizer(policy)
+    axpo.set_lr(optimizer, 1e-9, 1, 1, 999)
+
+    def step():
+        batch = axpo.axpo_batch(problems, policy, cfg, next(steps))
+        axpo.update(policy, reference, optimizer, batch.streams, len(problems) * cfg.rollouts_per_question, cfg)
+        rollouts = [*sum(batch.groups.values(), []), *(c for r in batch.resamples for c in r.continuations)]
+        tokens = sum(len(r.ids) - r.parent_len for r in rollouts)
+        step.made.append((tokens, np.mean([r.reward for r in rollouts]), len(batch.resamples)))
+
+    step.made = []  # response tokens, observations included; mean reward; resampled prefixes
+    return step
+
+
+@bench
+@pytest.mark.parametrize("turns, words, target", [(1, 0, "2 x"), (3, 0, "2.5 x"), (3, 142, "4 x")])
+def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, words, target):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.chat_template_utils import qwen3_template
+
+    problems = [longer(p, words) for p in data.load("toy", 48) if not p.images][:16]
+    ours = rl_step(practised, replace(bench_cfg, algo="grpo", max_turns=turns), problems)
+    policy, theirs = axpo.load_policy(practised, bench_cfg, False), plain_model(practised)
+    theirs.generation_config.eos_token_id = [*policy.eos, policy.call_close]  # a turn ends with its call
+    tokenizer, ids = policy.tokenizer, [policy.prompt(problem).ids for problem in problems]
+    prompts, seconds, theirs_made, began = [tokenizer.decode(x) for x in ids], {"axpo": [], "trl": []}, [], []
+
+    class Tools:
+        """A rollout's toolbox as TRL wants it: every public method a tool."""
+
+        _box = Toolbox(())
+
+        def reset(self, index, **_):
+            self._box.close()
+            self._box = Toolbox(problems[index].images, bench_cfg)
+
+        def _call(self, name, **arguments):
+            return self._box.call(json.dumps({"name": name, "arguments": arguments})).text
+
+        def python(self, code: str) -> str:
+            """Run Python.\n\nArgs:\n    code: the code"""
+            return self._call("python", code=code)
+
+        def search(self, query: str, max_results: int = 5) -> str:
+            """Search.\n\nArgs:\n    query: what to look for\n    max_results: how many"""
+            return self._call("tavily-search", query=query, max_results=max_results)
+
+    Tools.search.__name__ = "tavily-search"
+
+    def right(completions, completion_ids, index, **_):
+        texts = [c if isinstance(c, str) else "</think>\n\n" + c[-1]["content"] for c in completions]  # TRL cuts it off
+        rewards = [axpo.grade(problems[i], text) for i, text in zip(index, texts)]
+        theirs_made.append((sum(map(len, completion_ids)), np.mean(rewards), 0))
+        return rewards
+
+    class Alternate(TrainerCallback):
+        """TRL's step, then ours."""
+
+        def on_step_begin(self, *_, **__):
+            began.append(np.array([time.perf_counter(), time.thread_time()]))
+
+        def on_step_end(self, *_, **__):
+            seconds["trl"].append(np.array([time.perf_counter(), time.thread_time()]) - began[-1])
+            seconds["axpo"].append(timed(ours))
+
+    if turns > 1:  # the prompt, schemas and all, is what the user says; only what follows is rendered
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+            "<tool_call>\n{{ c.function | tojson }}\n</tool_call><|im_end|>{% endfor %}"
+            "{% if m.role == 'tool' %}\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n{% endif %}"
+            "{% if not loop.last and loop.nextitem.role == 'tool' %}\n<|im_start|>user\n<tool_response>\n{% endif %}"
+            "{% endfor %}"
+        )
+        tokenizer.response_template = qwen3_template
+        theirs.config.max_position_embeddings = 4096  # TRL looks for it here where it is given a tokenizer
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    args = trl.GRPOConfig(
+        output_dir=str(tmp_path), max_steps=6, learning_rate=1e-9, num_generations=8, beta=bench_cfg.beta,
+        per_device_train_batch_size=16, gradient_accumulation_steps=8, epsilon=0.2, epsilon_high=0.4, bf16=False,
+        max_completion_length=144, max_tool_calling_iterations=turns - 1, loss_type="grpo", disable_tqdm=True,
+        gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none",
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": p, "index": i} for i, p in enumerate(prompts)])
+    about = {"processing_class": tokenizer, "environment_factory": Tools if turns > 1 else None}
+    trl.GRPOTrainer(theirs, right, args, rows, callbacks=[Alternate()], **about).train()
+    title = f"GRPO step against TRL's GRPOTrainer, {turns} turns at most, {len(ids[0])}-token prompts"
+    report(title, {name: of[1:] for name, of in seconds.items()}, target)
+    print("  tokens, reward, prefixes of a step: axpo", *np.mean(ours.made, 0), "trl", *np.mean(theirs_made, 0))
+
+
+@bench
+def test_bench_axpo_step_against_grpo(practised, bench_cfg):
+    some = {"grpo": {"algo": "grpo"}, "axpo": {}, "grpo, 2 N": {"algo": "grpo", "rollouts_per_question": 16}}
+    steps = {name: rl_step(practised, replace(bench_cfg, **x), data.load("toy", 16)) for name, x in some.items()}
+    race(f"AXPO step, {bench_cfg.prefix_budget(16)} prefixes at most, against GRPO", steps, 6, "at most 1.25 x")
+    print("  tokens, reward, prefixes of a step:", *((name, *np.mean(step.made, 0)) for name, step in steps.items()))
+
+
+@bench
+def test_bench_update_on_a_tree_against_padded_rows(practised, bench_cfg, monkeypatch):
+    """All of an update, but log-probs come from rows alike in length through transformers' own forward."""
+
+    def by_length(streams, tokens):
+        batches = [[]]
+        for stream in sorted(streams, key=lambda s: s.end):
+            batches += [[]] * ((len(batches[-1]) + 1) * stream.end > tokens)
+            batches[-1] = [*batches[-1], stream]
+        return batches
+
+    def padded_logps(model, streams, temperature):
+        hidden, own = model.model(**told(model, [s.rollout for s in streams])).last_hidden_state, []
+        for row, s in zip(hidden, streams):
+            trained = torch.tensor([j for j in range(s.start, s.end) if s.rollout.sampled[j]])
+            logits = (model.lm_head(row[trained - 1]) + policy.bias) / temperature
+            own.append(logits.log_softmax(-1).gather(1, torch.tensor(s.rollout.ids)[trained, None])[:, 0])
+        logps = torch.nn.utils.rnn.pad_sequence(own, True)
+        return logps, torch.arange(logps.shape[1]) < torch.tensor([[len(x)] for x in own])
+
+    def contender(trained, frozen, *way):
+        optimizer, trained.skipped = torch.optim.AdamW(trained.parameters(), 1e-9), 0
+
+        def work():
+            for name, function in zip(("stream_logps", "micro_batches"), way):
+                monkeypatch.setattr(axpo, name, function)
+            norms.append(axpo.update(trained, frozen, optimizer, streams, 128, bench_cfg)["grad_norm"])
+
+        return work
+
+    policy, reference, norms = axpo.load_policy(practised, bench_cfg), axpo.load_policy(practised, bench_cfg, False), []
+    streams = axpo.axpo_batch(data.load("toy", 16), policy, bench_cfg, 0).streams
+    tree = contender(policy, reference, axpo.stream_logps, axpo.micro_batches)
+    rows = contender(plain_model(practised), plain_model(practised), padded_logps, by_length)
+    race(f"Update on {len(streams)} streams", {"tree of segments": tree, "padded rows": rows}, 5)
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-3)
+
+
+@bench
+def test_bench_cost_grows_in_proportion(bench_cfg):
+    """Four times the rollouts, four times the length: at most four times the seconds, but for attention."""
+    steps = {}
+    for name, count, tokens in (("once", 4, 48), ("4 times the rollouts", 16, 48), ("4 times the tokens", 4, 192)):
+        cfg = replace(bench_cfg, algo="grpo", max_response_tokens=tokens)
+        steps[name] = rl_step("toy", cfg, data.load("toy", count), endless)
+    race("A step of 4 x 8 rollouts of 48 tokens grows", steps, 3, "at most 4 x")
