@@ -97,10 +97,9 @@ class Config(ToolConfig):
     output_dir: str = option("runs", "runs are kept in OUTPUT_DIR/NAME")
     name: str = option("", "name of the run (default: of model and algorithm); the same command again resumes it")
     seed: int = option(0, "seed of everything random")
-
     algo: str = option("axpo", "grpo leaves out the resampling and is the baseline", "axpo grpo")
     rank: str = option(
-        "entropy", "prefixes of high entropy first, of low probability (the paper), any", "entropy confidence random"
+        "entropy", "first: high entropy, low probability (the paper's), any", "entropy confidence random"
     )
     rollouts_per_question: int = option(8, "N, rollouts of each question")
     resamples_per_prefix: int = option(4, "K, continuations of each selected prefix")
@@ -111,7 +110,6 @@ class Config(ToolConfig):
     temperature: float = option(1.0, "temperature of training rollouts")
     max_turns: int = option(3, "assistant messages per training rollout")
     max_response_tokens: int = option(16384, "tokens after the question, observations included")
-
     steps: int = option(300, "RL steps")
     questions_per_step: int = option(64, "B, questions of each step")
     epochs_per_batch: int = option(1, "updates per batch; the clip matters from the second on")
@@ -122,7 +120,6 @@ class Config(ToolConfig):
     sft_steps: int = option(1000, "SFT steps")
     sft_batch: int = option(64, "trajectories per SFT step")
     warmup_steps: int = option(10, "linear warm-up, in steps")
-
     eval_rollouts: int = option(4, "rollouts per problem: Pass@1 is their mean, Pass@4 any of them")
     eval_limit: int = option(0, "evaluate on this many problems drawn with the seed (0: all)")
     eval_every: int = option(0, "RL steps between evaluations on the way (0: none)")
@@ -134,7 +131,6 @@ class Config(ToolConfig):
     eval_max_response_tokens: int = option(32768, "response tokens in evaluation")
     judge_url: str = option("", "OpenAI-compatible endpoint (.../v1) that grades, in evaluation, what rules cannot")
     judge_model: str = option("", "model of that endpoint; the key is OPENAI_API_KEY of the environment")
-
     on_bad_row: str = option("stop", "a row that cannot be used ends the start, or is left out, counted", "stop skip")
     max_prompt_tokens: int = option(8192, "longer questions, pictures included, are left out and counted")
     max_image_pixels: int = option(2_000_000, "larger pictures are scaled down to this; 1024 pixels make a token")
@@ -189,8 +185,7 @@ GROUPS = {"search_corpus": "tools", "stage": "what to run", "algo": "the method"
 @dataclass(frozen=True)
 class Picture:
     """An image as the model sees it. `start` is the index of its first placeholder token; pixels (patches, D); grid (t,
-    h, w) in patches; `cells` (t, h, w) in tokens. M-RoPE gives it as many positions as its longer side has cells, so
-    that the text behind it has its index plus `shift`."""
+    h, w) in patches; `cells` (t, h, w) in tokens. The M-RoPE position of text behind it is its index plus `shift`."""
 
     start: int
     pixels: Tensor
