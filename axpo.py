@@ -98,9 +98,7 @@ class Config(ToolConfig):
     name: str = option("", "name of the run (default: of model and algorithm); the same command again resumes it")
     seed: int = option(0, "seed of everything random")
     algo: str = option("axpo", "grpo leaves out the resampling and is the baseline", "axpo grpo")
-    rank: str = option(
-        "entropy", "first: high entropy, low probability (the paper's), any", "entropy confidence random"
-    )
+    rank: str = option("entropy", "first: high entropy, low probability (paper), any", "entropy confidence random")
     rollouts_per_question: int = option(8, "N, rollouts of each question")
     resamples_per_prefix: int = option(4, "K, continuations of each selected prefix")
     resample_ratio: float = option(0.25, "r: at most r * B * N continuations per step")
