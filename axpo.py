@@ -1149,6 +1149,7 @@ def start_processes(cfg: Config) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
     else:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every shape, and keeps it
     if world > 1:
