@@ -2068,9 +2068,8 @@ def main(cfg: Config) -> None:
         if held_out:
             policy = None
             policy, loaded = load_policy(str(folder / stage), cfg, False), (str(folder / stage), False)
-            found = evaluate(
-                policy, held_out, cfg, folder / f"eval-{stage}.jsonl", "sft" if stage == "sft" else cfg.algo
-            )
+            title = "sft" if stage == "sft" else cfg.algo
+            found = evaluate(policy, held_out, cfg, folder / f"eval-{stage}.jsonl", title)
             rows += found
             if stage == "rl":
                 run.log({"stage": "eval", "step": steps} | found[0])
@@ -2078,8 +2077,9 @@ def main(cfg: Config) -> None:
             run.draw_curves()
     if rows and is_first():
         (folder / "results.json").write_text(json.dumps([finite(row) for row in rows], indent=1), encoding="utf-8")
-        (folder / "results.md").write_text(results_table(rows) + "\n", encoding="utf-8")
-        print(results_table(rows))
+        table = results_table(rows)
+        (folder / "results.md").write_text(table + "\n", encoding="utf-8")
+        print(table)
 
 
 def stop(message: str) -> None:
