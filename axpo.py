@@ -99,6 +99,8 @@ class Config(ToolConfig):
     seed: int = option(0, "seed of everything random")
     algo: str = option("axpo", "grpo leaves out the resampling and is the baseline", "axpo grpo")
     rank: str = option("entropy", "first: high entropy, low probability (paper), any", "entropy confidence random")
+    ablate: str = option("none", "a part of the method to leave out, or a reward for calling: for a study",
+                         "none prefix_fix prefix_credit separate_group no_tool tool_bonus tool_penalty")  # fmt: skip
     rollouts_per_question: int = option(8, "N, rollouts of each question")
     resamples_per_prefix: int = option(4, "K, continuations of each selected prefix")
     resample_ratio: float = option(0.25, "r: at most r * B * N continuations per step")
@@ -376,16 +378,18 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def uncertainty(rollout: Rollout, rank: str) -> float:
-    """How uncertain the policy was about its first tool call, over the tokens that a resample would draw
-    anew: their mean entropy; the paper's proxy, one minus their mean probability; or a seeded random number for the
-    ablation."""
+def uncertainty(rollout: Rollout, rank: str, start: int, end: int) -> float:
+    """How uncertain the policy was about its first tool call, over the tokens from `start` to `end` that a resample
+    would draw anew: their mean entropy; the paper's proxy, one minus their mean probability; or a seeded random number
+    for the ablation."""
     # Paper leaves this open: the call's tokens are those after the opening tag, which itself belongs to the prefix.
     if rank == "random":
         return float(np.random.default_rng((*rollout.seed, 1)).random())
-    call = slice(rollout.calls[0].start, rollout.calls[0].end)
-    values = rollout.entropies[call] if rank == "entropy" else 1 - np.exp(rollout.logps[call])
+    values = rollout.entropies[start:end] if rank == "entropy" else 1 - np.exp(rollout.logps[start:end])
     return float(np.mean(values))
+
+
+TOOL_REWARD = {"tool_bonus": 0.1, "tool_penalty": -0.1}  # what these two alternatives to AXPO add to a rollout's reward
 
 
 # === 4. AXPO: one batch ===============================================================================================
@@ -399,9 +403,11 @@ def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: i
     candidates = []
     for q, group in groups.items():
         rewards = [rollout.reward for rollout in group]
-        for i in all_wrong_tool_rollouts(rewards, [rollout.used_tool for rollout in group]):
-            if group[i].calls[0].end > group[i].calls[0].start:  # else the length limit left no room for a call
-                candidates.append(prefix_of(group[i], q, i, rewards, cfg.rank))
+        subgroup = [rollout.used_tool != (cfg.ablate == "no_tool") for rollout in group]
+        for i in all_wrong_tool_rollouts(rewards, subgroup):
+            start, end = first_action(group[i], policy)
+            if end > start:  # else the length limit left no room for an action
+                candidates.append(prefix_of(group[i], q, i, rewards, cfg.rank, start, end))
     candidates = sorted(of_all(candidates), key=lambda prefix: (prefix.question, prefix.source))
     budget = cfg.prefix_budget(len(problems)) if cfg.algo == "axpo" else 0  # one for all processes
     questions, uncertainties = [c.question for c in candidates], [c.uncertainty for c in candidates]
@@ -410,17 +416,23 @@ def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: i
 
     streams = []
     replaced = {(prefix.question, prefix.source) for prefix in selected}
+    extra = TOOL_REWARD.get(cfg.ablate, 0.0)
     for q, group in groups.items():
-        advantages = group_advantages(torch.tensor([rollout.reward for rollout in group])).tolist()
+        paid = torch.tensor([rollout.reward + extra * rollout.used_tool for rollout in group])
+        advantages = group_advantages(paid).tolist()
         for i, rollout in enumerate(group):
             if (q, i) not in replaced:
                 streams.append(Stream(rollout, rollout.prompt_len, len(rollout.ids), advantages[i]))
     for r in resamples:
         # The prefix is credited with what it makes possible. What the source wrote behind it was one failed draw of
         # that: the K new ones stand in for it, and it must not share the prefix's reward, so it is in no stream.
-        credit = prefix_advantage(torch.tensor(r.prefix.rewards), r.prefix.source, r.recovered)
+        recovered = r.recovered and cfg.ablate != "prefix_credit"
+        credit = prefix_advantage(torch.tensor(r.prefix.rewards), r.prefix.source, recovered)
         streams.append(Stream(r.rollout, r.rollout.prompt_len, len(r.rollout.ids), credit, "prefix"))
-        advantages = group_advantages(torch.tensor([c.reward for c in r.continuations])).tolist()
+        siblings = [c.reward for c in r.continuations]
+        if cfg.ablate == "separate_group":
+            siblings += r.prefix.rewards
+        advantages = group_advantages(torch.tensor(siblings)).tolist()[: len(r.continuations)]
         for continuation, advantage in zip(r.continuations, advantages, strict=True):
             fork, end = continuation.parent_len, len(continuation.ids)
             streams.append(Stream(continuation, fork, end, advantage, "continuation"))
@@ -442,11 +454,21 @@ def rollout_groups(policy, problems, count, sampling, cfg, seed) -> list[list[Ro
     return groups
 
 
-def prefix_of(rollout: Rollout, question: int, source: int, rewards: list[float], rank: str) -> Prefix:
-    """The prefix of a tool-using rollout: all it sampled up to and including its first opening tag."""
-    span = slice(rollout.prompt_len, rollout.calls[0].start)
+def first_action(rollout: Rollout, policy: Policy) -> tuple[int, int]:
+    """Where the tokens begin and end that a resample draws anew: those of the first call, after its opening tag. For
+    the ablation no_tool: without a call, those after the thinking."""
+    if rollout.used_tool:
+        return rollout.calls[0].start, rollout.calls[0].end
+    ids = rollout.ids[rollout.prompt_len :]
+    end_of_thinking = ids.index(policy.think_close) + 1 if policy.think_close in ids else len(ids)
+    return rollout.prompt_len + end_of_thinking, len(rollout.ids)
+
+
+def prefix_of(rollout: Rollout, question, source, rewards: list[float], rank: str, start: int, end: int) -> Prefix:
+    """The prefix of a rollout whose first action takes the tokens from `start` to `end`: all it sampled before."""
+    span = slice(rollout.prompt_len, start)
     sampled = rollout.ids[span], rollout.logps[span], rollout.entropies[span]
-    return Prefix(question, source, uncertainty(rollout, rank), rewards, rollout.seed, *sampled)
+    return Prefix(question, source, uncertainty(rollout, rank, start, end), rewards, rollout.seed, *sampled)
 
 
 def resample(policy, prefixes, problems, groups, sampling, cfg) -> list[Resample]:
@@ -459,9 +481,11 @@ def resample(policy, prefixes, problems, groups, sampling, cfg) -> list[Resample
         prompt = group[0].parent if group else policy.prompt(problems[prefix.question])
         rollout = prompt.fork(len(prompt.ids), prefix.seed)
         rollout.append(prefix.ids, prefix.logps, prefix.entropies)
-        rollout.calls.append(Call(len(rollout.ids)))
+        if prefix.ids[-1] == policy.call_open:
+            rollout.calls.append(Call(len(rollout.ids)))
+        kept = rollout.prompt_len if cfg.ablate == "prefix_fix" else len(rollout.ids)
         seeds = [(*prefix.seed, 2, k) for k in range(cfg.resamples_per_prefix)]
-        resamples.append(Resample(prefix, rollout, [rollout.fork(len(rollout.ids), seed) for seed in seeds]))
+        resamples.append(Resample(prefix, rollout, [rollout.fork(kept, seed) for seed in seeds]))
     continuations = [c for r in resamples for c in r.continuations]
     run_and_grade(policy, continuations, len(continuations), sampling, cfg, "resample")
     return resamples
@@ -1707,7 +1731,8 @@ def batch_metrics(batch: Batch, seconds: float) -> dict[str, float]:
     shares = everyones(values)
     metrics = {name: mean(x for share in shares for x in share[name]) for name in METRICS}
     metrics["prefixes"] = sum(len(share["prefix_recovery"]) for share in shares)
-    return metrics | {"tokens_per_second": sum(everyones(tokens)) / seconds}
+    metrics["tokens"] = sum(everyones(tokens))
+    return metrics | {"tokens_per_second": metrics["tokens"] / seconds}
 
 
 def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path, title: str) -> list[dict]:
@@ -1836,8 +1861,8 @@ class Run:
     metrics.jsonl for a step the last one counts. The first process writes."""
 
     # What may not differ when a run goes on.
-    FIXED = ("model seed algo rank rollouts_per_question resamples_per_prefix resample_ratio eps_low eps_high beta "
-             "temperature max_turns max_response_tokens questions_per_step epochs_per_batch lr sft_lr sft_batch "
+    FIXED = ("model seed algo rank ablate rollouts_per_question resamples_per_prefix resample_ratio eps_low eps_high "
+             "beta temperature max_turns max_response_tokens questions_per_step epochs_per_batch lr sft_lr sft_batch "
              "warmup_steps max_prompt_tokens max_image_pixels")  # fmt: skip
     LINE = ("{step:>4} | reward {reward:.2f} | tool {tool_use:3.0%} | all-wrong {all_wrong:3.0%} | "
             "recovered {recovery:3.0%} | {seconds:.1f} s")  # fmt: skip
