@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import heapq
 import json
 import math
 import os
@@ -48,6 +47,7 @@ import time
 import urllib.request
 import warnings
 import zlib
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -781,10 +781,11 @@ class Engine:
     """Decodes many rollouts side by side. Keys and values lie in one pool of pages, of which a row has a list, so that
     memory is taken by tokens that exist. `feed` is the only way in: it brings the pool up to the last token of some
     rows, be it of a prompt, of an observation or the one sampled last. Siblings share the pages of what they have in
-    common (the prompt, or a resampled prefix), which is computed once. Where the pool is full, the youngest row gives
-    its pages back and returns to the queue, to be fed again from its ids: its text stays the same, as its random draws
-    are its own. Tools run on threads while others decode. Their results are collected every few steps, never when they
-    happen to be done: what is computed together, and so every bit of it, doesn't depend on how fast a tool was."""
+    common (the prompt, or a resampled prefix): the first computes it, the others join a step later. Where the pool is
+    full, the youngest row gives its pages back and returns to the queue, to be fed again from its ids: its text stays
+    the same, as its random draws are its own. Tools run on threads while others decode. Their results are collected
+    every few steps, never when they happen to be done: what is computed together, and so every bit of it, doesn't
+    depend on how fast a tool was."""
 
     FEED_TOKENS = 16384  # at most so many in one pass, or one row's
 
@@ -802,16 +803,14 @@ class Engine:
         if pages < self.longest + 2:
             need = self.longest * self.page_bytes / 1e9
             raise ValueError(f"the cache of a rollout takes {need:.1f} GB, more than is free: lower --max_..._tokens")
-        # Zeros, as what is not seen must be finite. On a CPU NumPy's take memory only once they are written.
         shape = text.num_hidden_layers, 2, pages, *shape
-        empty = (
-            torch.empty(0) if cuda else torch.from_numpy(np.zeros(pages * self.page_bytes, np.uint8)).view(policy.dtype)
-        )
-        self.pool = torch.zeros(shape, dtype=policy.dtype, device=self.device) if cuda else empty.view(shape)
-        self.free, self.users, self.most = list(range(1, pages)), [0] * pages, 0
+        if cuda:
+            self.pool = torch.zeros(shape, dtype=policy.dtype, device=self.device)
+        else:  # NumPy's zeros take memory only once they are written
+            self.pool = torch.from_numpy(np.zeros(pages * self.page_bytes, np.uint8)).view(policy.dtype).view(shape)
+        self.free, self.users = list(range(1, pages)), [0] * pages  # the free ones in order
         self.rows: list[Row] = []  # the oldest first
         self.queue: deque[Row] = deque()  # put back, to be fed again
-        self.trunks: dict[tuple, Row] = {}  # what siblings have in common, by parent and length
         self.clock, self.kernel, self.graphs = 0, cuda and paged_kernel_works(self.device), {}
 
     def run(self, rollouts: Iterable[Rollout], count: int, title: str = "") -> Iterator[Rollout]:
@@ -841,78 +840,94 @@ class Engine:
 
     def admit(self, source: Iterator[Rollout]) -> bool:
         """Let rows in while there is room. Are there any?"""
-        fresh: list[Row] = []
-        room = len(self.free) - len(self.rows)  # pages; each row may need one more
-        while len(self.rows) + len(fresh) < self.cfg.max_rows:
-            row = self.queue.popleft() if self.queue else next(source, None)
+        room = len(self.free) - sum(map(self.missing_pages, self.rows))
+        while len(self.rows) < self.cfg.max_rows:
+            row = self.queue.popleft() if self.queue else self.new_row(next(source, None))
             if row is None:
                 break
-            if isinstance(row, Rollout):
-                if row.prompt_len > self.cfg.max_prompt_tokens:
-                    raise ValueError(
-                        f"{row.problem.id}: a question of {row.prompt_len} tokens; raise --max_prompt_tokens"
-                    )
-                row = Row(row, np.random.default_rng(row.seed), Toolbox(row.problem.images, self.cfg))
-                if self.sampling.presence_penalty:
-                    row.said = torch.zeros(len(self.policy.bias), dtype=torch.bool, device=self.device)
-                    row.said[[i for i, own in zip(row.rollout.ids, row.rollout.sampled) if own]] = True
-            known = (row.rollout.parent, row.rollout.parent_len) in self.trunks
-            room -= 3 + (len(row.rollout.ids) - known * row.rollout.parent_len) // self.page
-            if room < 0 and (self.rows or fresh):
+            room -= self.missing_pages(row)
+            if room < 0 and self.rows:
                 self.queue.appendleft(row)
                 break
-            fresh.append(row)
-        self.share(fresh)
+            self.rows.append(row)
         return bool(self.rows)
 
-    def share(self, fresh: list[Row]) -> None:
-        """Give new rows the pages of what they have in common with their siblings, all but the last token of it: what
-        comes next is then computed for each row alone, like any token. Full pages are shared, one that is begun is
-        copied. The trunk of the last row is kept, for siblings that come later."""
-        new, keys = {}, [(row.rollout.parent, row.rollout.parent_len) for row in fresh]
-        for key in [key for key in self.trunks if fresh and key not in keys]:
-            self.release(self.trunks.pop(key))
-        for row, key in zip(fresh, keys):
-            if row.rollout.parent is not None and key not in self.trunks:
-                self.trunks[key] = new[key] = Row(row.rollout.parent, row.rng, row.toolbox)
-                self.take_pages(new[key], row.rollout.parent_len - 1)
-        if new:
-            self.feed(list(new.values()), [length - 1 for _, length in new])
-        for row, key in zip(fresh, keys):
-            if trunk := self.trunks.get(key):
-                full = trunk.cached // self.page
-                row.pages, row.cached = trunk.pages[:full], trunk.cached
+    def new_row(self, rollout: Rollout | None) -> Row | None:
+        if rollout is None:
+            return None
+        if rollout.prompt_len > self.cfg.max_prompt_tokens:
+            length = f"a question of {rollout.prompt_len} tokens"
+            raise ValueError(f"{rollout.problem.id}: {length}; raise --max_prompt_tokens")
+        row = Row(rollout, np.random.default_rng(rollout.seed), Toolbox(rollout.problem.images, self.cfg))
+        if self.sampling.presence_penalty:
+            row.said = torch.zeros(len(self.policy.bias), dtype=torch.bool, device=self.device)
+            row.said[[i for i, own in zip(rollout.ids, rollout.sampled) if own]] = True
+        return row
+
+    def missing_pages(self, row: Row) -> int:
+        """How many pages a row takes for its tokens and the next one, beyond those that it has or will share."""
+        pages = len(row.pages)
+        if not pages and self.first_sibling(row):
+            pages = self.shared_pages(row)
+        return len(row.rollout.ids) // self.page + 1 - pages
+
+    def first_sibling(self, row: Row) -> Row | None:
+        """The oldest row that was forked where this one was; it may be the row itself."""
+        r = row.rollout
+        for other in self.rows if r.parent else ():
+            if other.rollout.parent is r.parent and other.rollout.parent_len == r.parent_len:
+                return other
+        return None
+
+    def shared_pages(self, row: Row) -> int:
+        """The first so many pages of a row are full of what siblings share: all of it but the last token, so that what
+        comes next is computed for each row alone, like any token."""
+        return max(0, row.rollout.parent_len - 1) // self.page
+
+    def ready(self) -> list[Row]:
+        """The rows that get a token in this step, and the pages for it. A new row gets those of a sibling, of which
+        full ones are shared and a begun one is copied; it waits where the sibling is only now computed."""
+        ready = []
+        for row in self.rows:  # if the pool is full, the last ones go meanwhile
+            if row.waiting or row.rollout.stop:
+                continue
+            sibling = None if row.pages else self.first_sibling(row)
+            if sibling and sibling is not row:
+                if not sibling.cached:
+                    continue
+                full, length = self.shared_pages(row), row.rollout.parent_len - 1
+                row.pages = sibling.pages[:full]
                 for page in row.pages:
                     self.users[page] += 1
-                if row.cached % self.page:
-                    self.take_pages(row, row.cached)
-                    self.pool[:, :, row.pages[full]] = self.pool[:, :, trunk.pages[full]]
-            self.rows.append(row)
-        for key in list(self.trunks)[:-1]:
-            self.release(self.trunks.pop(key))
+                if not self.take_pages(row, length):
+                    continue
+                self.pool[:, :, row.pages[full:]] = self.pool[:, :, sibling.pages[full : len(row.pages)]]
+                row.cached = length
+            if self.take_pages(row, len(row.rollout.ids)):
+                ready.append(row)
+        return ready
 
-    def take_pages(self, row: Row, length: int) -> None:
-        """Pages for the first `length` tokens of a row, the lowest first. Where none is free, the trunk goes, then the
-        youngest row, if need be this one."""
+    def take_pages(self, row: Row, length: int) -> bool:
+        """Pages for the first `length` tokens of a row. Where none is free, the youngest row is put back. False if that
+        was this one."""
         while len(row.pages) * self.page < length:
-            if self.free:
-                page = heapq.heappop(self.free)
-                self.users[page], self.most = 1, max(self.most, page)
+            if self.free:  # what is shared lies at the end of the pool, apart from rows' own pages
+                page = self.free.pop(-1 if len(row.pages) < self.shared_pages(row) else 0)
+                self.users[page] = 1
                 row.pages.append(page)
-            elif self.trunks and row in self.rows:
-                self.release(self.trunks.popitem()[1])
             else:
                 youngest = self.rows.pop()
                 self.release(youngest)
                 self.queue.appendleft(youngest)
                 if youngest is row:
-                    return
+                    return False
+        return True
 
     def release(self, row: Row) -> None:
         for page in row.pages:
             self.users[page] -= 1
             if self.users[page] == 0:
-                heapq.heappush(self.free, page)
+                insort(self.free, page)
         row.pages, row.cached = [], 0
 
     def collect(self) -> None:
@@ -929,14 +944,10 @@ class Engine:
 
     def step(self) -> int:
         """One token for every row that doesn't wait for a tool. Returns how many these are."""
-        ready = [row for row in self.rows if not row.waiting and not row.rollout.stop]
-        for row in ready:
-            if row in self.rows:  # and was not put back for an older one
-                self.take_pages(row, len(row.rollout.ids))
-        ready = [row for row in ready if row in self.rows]
+        ready = self.ready()
         if not ready:
             return 0
-        logits = self.feed(ready, [len(row.rollout.ids) for row in ready])
+        logits = self.feed(ready)
         uniforms = self.put([row.rng.random() for row in ready], torch.float64)  # a float32 could round up to 1
         said = torch.stack([row.said for row in ready]) if self.sampling.presence_penalty else None
         drawn = sample(logits, uniforms, self.sampling, said)
@@ -977,10 +988,10 @@ class Engine:
         observation = toolbox.call(text)
         return observation, [self.policy.encode_image(image) for image in observation.images]
 
-    def feed(self, rows: list[Row], ends: list[int]) -> Tensor:
-        """Bring the pool up to the first `ends` tokens of these rows. Returns the logits (R, V) of what comes next."""
+    def feed(self, rows: list[Row]) -> Tensor:
+        """Bring the pool up to the last token of these rows. Returns the logits (R, V) of what comes next."""
         logits = torch.empty(len(rows), len(self.policy.bias), device=self.device)
-        news = [end - row.cached for row, end in zip(rows, ends)]
+        news = [len(row.rollout.ids) - row.cached for row in rows]
         passes, room = [[i for i, new in enumerate(news) if new == 1]], 0  # most rows, most of the time: in one pass
         for i, new in enumerate(news):
             if new > room and new > 1:
@@ -990,14 +1001,15 @@ class Engine:
                 passes[-1].append(i)
                 room -= new
         for some in filter(None, passes):
-            logits[some] = self.compute([rows[i] for i in some], [ends[i] for i in some])
+            logits[some] = self.compute([rows[i] for i in some])
         return logits
 
-    def compute(self, rows: list[Row], ends: list[int]) -> Tensor:
-        """Keys and values of the rows' tokens up to `ends`, into their pages. Returns the logits (R, V) behind."""
+    def compute(self, rows: list[Row]) -> Tensor:
+        """Keys and values of the rows' new tokens, into their pages. Returns the logits (R, V) behind."""
         ids, places, positions, pictures, starts = [], [], [], [], [0]
-        for row, end in zip(rows, ends):
-            r, start, row.cached = row.rollout, row.cached, end
+        for row in rows:
+            r, start, end = row.rollout, row.cached, len(row.rollout.ids)
+            row.cached = end
             ids += r.ids[start:end]
             places += [row.pages[j // self.page] * self.page + j % self.page for j in range(start, end)]
             pictures += [p for p in r.pictures if start <= p.start < end]
@@ -1010,8 +1022,8 @@ class Engine:
         positions = torch.tensor(positions).expand(3, -1) if single else torch.cat(positions, 1)
         numbers = torch.cat([torch.tensor([ids, places]), positions])
         if self.kernel:
-            return self.compute_by_kernel(rows, ends, numbers, pictures, starts)
-        attend = self.attend_pages(rows, ends) if single else self.attend_rows(rows, ends, starts)
+            return self.compute_by_kernel(rows, numbers, pictures, starts)
+        attend = self.attend_pages(rows) if single else self.attend_rows(rows, starts)
         return self.advance(numbers.to(self.device), self.put(starts), pictures, attend)
 
     def advance(self, numbers: Tensor, starts: Tensor, pictures: list[Picture], attend: Callable) -> Tensor:
@@ -1026,40 +1038,45 @@ class Engine:
         hidden = self.policy.forward(ids, positions, pictures, store_and_attend)
         return self.policy.logits(hidden[starts[1:].long() - 1])
 
-    def attend_rows(self, rows: list[Row], ends: list[int], starts: list[int]) -> Callable:
+    def attend_rows(self, rows: list[Row], starts: list[int]) -> Callable:
         """Attention of many tokens of each row, row by row."""
         tables, counts = [self.put(row.pages) for row in rows], [b - a for a, b in zip(starts, starts[1:])]
 
         def attend(layer: int, q: Tensor) -> Tensor:
             out = []
-            for table, length, own in zip(tables, ends, q.split(counts)):
-                k, v = self.pool[layer][:, table].transpose(2, 3).flatten(1, 2)[:, :length]
+            for row, table, own in zip(rows, tables, q.split(counts)):
+                k, v = self.pool[layer][:, table].transpose(2, 3).flatten(1, 2)[:, : row.cached]
                 out.append(attend_behind(own, k, v))
             return torch.cat(out)
 
         return attend
 
-    def attend_pages(self, rows: list[Row], ends: list[int]) -> Callable:
-        """Attention of one token of each row, page by page: a page is read once for all rows that have it. A softmax
-        over each page is put together with the others by its largest score and its sum. Pages with one user are taken
-        as they lie in the pool, without a copy."""
-        top = 1 + max(max(row.pages) for row in rows)
-        owner, there = [0] * top, [0] * top  # of each page: its row, and how many of its tokens are there
-        shared: dict[int, list[int]] = {}  # the rows of each other page, which is full
-        for i, (row, end) in enumerate(zip(rows, ends)):
-            for j, page in enumerate(row.pages):
-                if self.users[page] > 1:
-                    shared.setdefault(page, []).append(i)
-                else:
-                    owner[page], there[page] = i, end - j * self.page
-        owner, pages = self.put(owner), self.put(list(shared))
-        missing = (torch.arange(self.page) >= torch.tensor(there)[:, None, None, None]).to(self.device)
-        width = max(map(len, shared.values()), default=0)
-        users = self.put([[*users, *[-1] * (width - len(users))] for users in shared.values()])
-        row_of = torch.cat([owner, users[users >= 0]]) if shared else owner  # of each softmax
+    def attend_pages(self, rows: list[Row]) -> Callable:
+        """Attention of one token of each row, put together from softmaxes by their largest scores and their sums: one
+        over each page of a row's own, as it lies in the pool, without a copy; and one over each block of pages that
+        siblings share, which is read once for all of them."""
+        blocks: dict[tuple[int, ...], list[int]] = {}  # the rows that have these pages
+        own = []  # (page, its row, how many of its tokens are there)
+        for i, row in enumerate(rows):
+            shared = self.shared_pages(row)
+            if shared:
+                blocks.setdefault(tuple(row.pages[:shared]), []).append(i)
+            for j, page in enumerate(row.pages[shared:], shared):
+                own.append((page, i, row.cached - j * self.page))
+        owner, there = torch.zeros(2, 1 + max(own)[0], dtype=torch.long)
+        pages, owners, lengths = torch.tensor(own).T
+        owner[pages], there[pages] = owners, lengths
+        owner = self.put(owner)
+        missing = self.put(torch.arange(self.page) >= there[:, None, None, None])
+        deepest, widest = max(map(len, blocks), default=0), max(map(len, blocks.values()), default=0)
+        tables = self.put([[*pages, *[0] * (deepest - len(pages))] for pages in blocks])
+        users = self.put([[*users, *[-1] * (widest - len(users))] for users in blocks.values()], torch.long)
+        tokens = self.page * torch.tensor([len(pages) for pages in blocks])
+        padding = self.put(torch.arange(deepest * self.page) >= tokens[:, None, None])
+        row_of = torch.cat([owner, users[users >= 0]])  # of each softmax
 
-        def softmaxes(q: Tensor, keys: Tensor, values: Tensor, missing: Tensor) -> list[Tensor]:
-            scores = (q @ keys.float().mT).masked_fill(missing, -1e30)
+        def softmaxes(q: Tensor, keys: Tensor, values: Tensor, unseen: Tensor) -> list[Tensor]:
+            scores = (q @ keys.float().mT).masked_fill(unseen, -1e30)
             largest = scores.amax(-1, keepdim=True)
             weights = (scores - largest).exp()
             return [largest, weights.sum(-1, keepdim=True), weights @ values.float()]
@@ -1067,11 +1084,12 @@ class Engine:
         def attend(layer: int, q: Tensor) -> Tensor:
             pool = self.pool[layer]
             q = (q.float() / q.shape[-1] ** 0.5).unflatten(1, (pool.shape[2], -1))  # (R, h, H / h, d)
-            parts = softmaxes(q[owner], *pool[:, :top], missing)
-            if shared:
-                together = q[users].transpose(1, 2).flatten(2, 3)  # (pages, h, width * H / h, d)
-                several = softmaxes(together, *pool[:, pages], torch.zeros((), dtype=torch.bool, device=self.device))
-                several = [x.unflatten(2, (width, -1)).transpose(1, 2)[users >= 0] for x in several]
+            parts = softmaxes(q[owner], *pool[:, : len(owner)], missing)
+            if blocks:
+                together = q[users].permute(2, 0, 1, 3, 4).flatten(2, 3)  # (h, blocks, widest * H / h, d)
+                keys, values = pool.transpose(1, 2)[:, :, tables].flatten(3, 4)  # (h, blocks, tokens, d)
+                several = softmaxes(together, keys, values, padding)
+                several = [x.unflatten(2, (widest, -1)).permute(1, 2, 0, 3, 4)[users >= 0] for x in several]
                 parts = [torch.cat(pair) for pair in zip(parts, several)]
             largest, total, out = parts
             most = torch.full((len(q), *largest.shape[1:]), -1e30, device=self.device)
@@ -1082,7 +1100,7 @@ class Engine:
 
         return attend
 
-    def compute_by_kernel(self, rows, ends, numbers: Tensor, pictures, starts: list[int]) -> Tensor:
+    def compute_by_kernel(self, rows, numbers: Tensor, pictures, starts: list[int]) -> Tensor:
         """The rest of `compute` on CUDA. A step of one token per row is padded to a power of two of rows and replayed
         as one graph of its hundreds of kernels."""
         single = numbers.shape[1] == len(rows)
@@ -1091,7 +1109,8 @@ class Engine:
         tables = torch.zeros(count, self.longest, dtype=torch.int32)
         for i, row in enumerate(rows):
             tables[i, : len(row.pages)] = torch.tensor(row.pages)
-        told = torch.tensor(starts).int(), torch.tensor([*ends, *[1] * (count - len(rows))]).int(), tables
+        lengths = [row.cached for row in rows] + [1] * (count - len(rows))
+        told = torch.tensor(starts).int(), torch.tensor(lengths).int(), tables
         inputs = [F.pad(numbers, (0, starts[-1] - numbers.shape[1])), *told]
         inputs = [x.pin_memory().to(self.device, non_blocking=True) for x in inputs]
         widest = max(b - a for a, b in zip(starts, starts[1:]))
@@ -1106,9 +1125,9 @@ class Engine:
             self.graphs[count] = torch.cuda.make_graphed_callables(advance, tuple(inputs))
         return self.graphs[count](*inputs)[: len(rows)]
 
-    def put(self, numbers: list, dtype: torch.dtype = torch.long) -> Tensor:
+    def put(self, numbers: list | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Numbers on the device, without waiting for what it computes."""
-        tensor = torch.tensor(numbers, dtype=dtype)
+        tensor = torch.as_tensor(numbers, dtype=dtype)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 

@@ -409,7 +409,7 @@ def play(monkeypatch, policy, rollouts, scripts, cfg, page=0, pages=0, **options
         ids = []
         for row in engine.rows:
             r = row.rollout
-            if not row.waiting and not r.stop:
+            if row.cached == len(r.ids) and not r.stop:  # one that got a token in this step
                 done, script = sum(r.sampled[r.parent_len :]), scripts[r.seed]
                 ids.append(script[done] if done < len(script) else policy.end)
         ids = torch.tensor(ids)
@@ -515,11 +515,6 @@ def pretend_graphs(monkeypatch, engine):
     return engine
 
 
-def trunk_of(engine):
-    """What the rows that came last have in common."""
-    return list(engine.trunks.values())[-1] if engine.trunks else axpo.Row(None, None, None)
-
-
 @pytest.fixture(scope="module")
 def texts(policy, cfg):
     """Of nine rollouts, decoded in one go."""
@@ -546,13 +541,13 @@ def test_a_rollout_does_not_depend_on_what_is_decoded_beside_it(
     monkeypatch.setattr(axpo, "sample", watched)
     rolled_out(pretend_graphs(monkeypatch, engine) if graphs else engine, rollouts if rows == 5 else rollouts[::-1])
     assert [r.ids for r in rollouts] == texts and bool(put_back) == bool(pages)
-    assert len(engine.free) + len(trunk_of(engine).pages) == len(engine.users) - 1
+    assert engine.free == list(range(1, len(engine.users)))
     assert captured <= {1, 2, 4, 8} and (8 in captured) == bool(graphs)
 
 
 @pytest.mark.parametrize("start", ["prompt", "prefix"])
 def test_a_fork_shares_full_pages_and_copies_the_begun_one(monkeypatch, policy, cfg, start):
-    passed, shared, begun, real = [], set(), set(), axpo.sample
+    passed, shared, begun, most, real = [], set(), set(), [], axpo.sample
     policy = counted(policy, passed)
     prompt = policy.prompt(TEXT)
     parent = prompt if start == "prompt" else talk(policy, prompt, "Hm.\n</think>\n\n<tool_call>")
@@ -562,19 +557,19 @@ def test_a_fork_shares_full_pages_and_copies_the_begun_one(monkeypatch, policy, 
     engine = axpo.Engine(policy, Sampling(1.0, max_response_tokens=length + 7 - prompt.prompt_len), cfg, page=7)
 
     def watched(*inputs):
-        shared.update(tuple(row.pages[:full]) for row in [*engine.rows, trunk_of(engine)])
-        begun.update(row.pages[full] for row in [*engine.rows, trunk_of(engine)])
-        assert all(engine.users[page] == 1 + len(engine.rows) for page in trunk_of(engine).pages[:full])
+        rows = [row for row in engine.rows if row.pages]  # the first alone, then all
+        shared.update(tuple(row.pages[:full]) for row in rows)
+        begun.update(row.pages[full] for row in rows)
+        assert all(engine.users[page] == len(rows) for page in rows[0].pages[:full])
+        most.append(len(engine.users) - 1 - len(engine.free))
         return real(*inputs)
 
     monkeypatch.setattr(axpo, "sample", watched)
     rolled_out(engine, rollouts)
-    assert rest and len(shared) == 1 and len(begun) == 7  # of six rows and their trunk
-    assert passed[0] == length and sum(passed) == length + sum(sum(r.sampled[r.parent_len :]) for r in rollouts)
-    assert engine.most <= full + 1 + 6 * 2 < 6 * full / 2  # the begun page and the next one of each row
-    held = [page for page, users in enumerate(engine.users) if users]
-    assert held == sorted(trunk_of(engine).pages) and sum(engine.users) == full + 1
-    assert sorted([*engine.free, *held]) == list(range(1, len(engine.users)))
+    assert rest and len(shared) == 1 and len(begun) == 6
+    assert passed[0] == length + 1 and sum(passed) == length + sum(sum(r.sampled[r.parent_len :]) for r in rollouts)
+    assert max(most) <= full + 6 * 2 < 6 * full / 2  # the begun page and the next one of each row
+    assert not any(engine.users) and engine.free == list(range(1, len(engine.users)))
 
 
 def test_pool_takes_what_is_free_and_a_rollout_that_cannot_fit_is_one_sentence(monkeypatch, policy, cfg):
