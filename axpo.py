@@ -34,8 +34,11 @@ Where the paper leaves something open, a comment begins with "Paper leaves this 
 from __future__ import annotations
 
 import argparse
+import base64
 import gc
 import hashlib
+import html
+import io
 import json
 import math
 import os
@@ -88,7 +91,9 @@ class Config(ToolConfig):
     """All that can be set. The method's defaults are the paper's where it names them; where the data is the toy world,
     `data.toy_recipe` replaces some."""
 
-    stage: str = option("all", "SFT (if there are trajectories), RL and evaluation, or one", "all distil sft rl eval")
+    stage: str = option(
+        "all", "SFT (if there are trajectories), RL and evaluation, or one", "all diagnose distil sft rl eval"
+    )
     model: str = option("toy", "checkpoint to start from: a folder, a Hub id of a Qwen3-VL, or 'toy' (tiny, random)")
     data: str = option("", "problems: sets, mixtures a,b:500 or files of your own (default: toy, or the paper's mix)")
     eval_data: str = option("", "evaluated on (default: the paper's nine, the toy's test split; for your own: nothing)")
@@ -1716,41 +1721,39 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-METRICS = ("reward", "tool_use", "reward_tool", "reward_no_tool", "all_wrong", "all_wrong_no_tool", "all_wrong_after",
-           "recovery", "prefix_recovery", "same_reward", "response_length", "truncated", "calls_ok")  # fmt: skip
+def means(rows: Sequence[dict], names: str) -> dict[str, float]:
+    """Of each name the mean over the rows that have it."""
+    return {name: mean(row[name] for row in rows if name in row) for name in names.split()}
+
+
+METRICS = ("reward tool_use reward_tool reward_no_tool all_wrong all_wrong_no_tool all_wrong_after recovery "
+           "prefix_recovery same_reward response_length truncated calls_ok")  # fmt: skip
 
 
 def batch_metrics(batch: Batch, seconds: float) -> dict[str, float]:
     """The symptoms of the Thinking-Acting gap, which every step must log (glossary in the README). Shares are of 1;
     lengths in tokens. Over all processes; collective."""
     recovered = set(of_all([x.prefix.question for x in batch.resamples if x.recovered]))
-    values: dict[str, list] = {name: [] for name in METRICS}
-    values["prefix_recovery"] += [x.recovered for x in batch.resamples]
     tokens = sum(sum(c.sampled[c.parent_len :]) for x in batch.resamples for c in x.continuations)
+    rows = [{"prefix_recovery": x.recovered} for x in batch.resamples]
     for q, group in batch.groups.items():
         with_tool = [r.reward for r in group if r.used_tool]
         without = [r.reward for r in group if not r.used_tool]
+        rows.append({"same_reward": len({*with_tool, *without}) == 1})
         if with_tool:
             wrong = not any(with_tool)
-            values["all_wrong"].append(wrong)
-            values["all_wrong_after"].append(wrong and q not in recovered)
-            values["recovery"] += [q in recovered] * wrong
+            rows.append({"all_wrong": wrong, "all_wrong_after": wrong and q not in recovered})
+            rows += [{"recovery": q in recovered}] * wrong
         if without:
-            values["all_wrong_no_tool"].append(not any(without))
-        values["reward_tool"] += with_tool
-        values["reward_no_tool"] += without
-        values["reward"] += with_tool + without
-        values["same_reward"].append(len({*with_tool, *without}) == 1)
+            rows.append({"all_wrong_no_tool": not any(without)})
         for r in group:
             tokens += sum(r.sampled)
-            values["tool_use"].append(r.used_tool)
-            values["response_length"].append(len(r.ids) - r.prompt_len)
-            values["truncated"].append(r.stop != "answer")
-            values["calls_ok"] += [call.ok for call in r.calls[: r.turns - 1]]
-    shares = everyones(values)
-    metrics = {name: mean(x for share in shares for x in share[name]) for name in METRICS}
-    metrics["prefixes"] = sum(len(share["prefix_recovery"]) for share in shares)
-    metrics["tokens"] = sum(everyones(tokens))
+            by_tool = "reward_tool" if r.used_tool else "reward_no_tool"
+            rows.append({"reward": r.reward, by_tool: r.reward, "tool_use": r.used_tool,
+                         "truncated": r.stop != "answer", "response_length": len(r.ids) - r.prompt_len})  # fmt: skip
+            rows += [{"calls_ok": call.ok} for call in r.calls[: r.turns - 1]]
+    metrics = means(of_all(rows), METRICS)
+    metrics |= {"prefixes": sum(everyones(len(batch.resamples))), "tokens": sum(everyones(tokens))}
     return metrics | {"tokens_per_second": metrics["tokens"] / seconds}
 
 
@@ -1789,19 +1792,18 @@ def evaluation_rows(path: Path, cfg: Config, title: str) -> list[dict]:
     for source, problems in sorted(sets.items()):
         n = len(problems[0])
         rights = [int(sum(row["reward"] for row in rollouts)) for rollouts in problems]
-        every = [row for rollouts in problems for row in rollouts]
-        rows.append({
-            "data": source + "*" * (source in JUDGED and judge is None), "checkpoint": title, "problems": len(problems),
-            "pass@1": mean(rights) / n, "+-": 1.96 * float(np.std(rights) / n / len(rights) ** 0.5),
-            f"pass@{n}": mean(pass_at_k(n, right, n) for right in rights),
-            "tool_use": mean(bool(row["calls"]) for row in every),
-            "right_with_tool": mean(row["reward"] for row in every if row["calls"]),
-            "right_without": mean(row["reward"] for row in every if not row["calls"]),
-            "truncated": mean(row["stop"] != "answer" for row in every),
-            "response_length": mean(row["tokens"] for row in every),
-        })  # fmt: skip
+        told = [{f"pass@{n}": pass_at_k(n, right, n)} for right in rights]
+        for row in [row for rollouts in problems for row in rollouts]:
+            by_tool = "right_with_tool" if row["calls"] else "right_without"
+            told.append({"pass@1": row["reward"], by_tool: row["reward"], "tool_use": row["calls"] > 0,
+                         "truncated": row["stop"] != "answer", "response_length": row["tokens"]})  # fmt: skip
+        found = means(told, f"pass@1 pass@{n} tool_use right_with_tool right_without truncated response_length")
+        found["+-"] = 1.96 * float(np.std(rights) / n / len(rights) ** 0.5)
+        label = source + "*" * (source in JUDGED and judge is None)
+        rows.append({"data": label, "checkpoint": title, "problems": len(problems)} | found)
     if len(rows) > 1:
-        whole = {name: mean(row[name] for row in rows if not math.isnan(row[name])) for name in list(rows[0])[3:]}
+        defined = [{name: x for name, x in row.items() if x == x} for row in rows]
+        whole = means(defined, " ".join(list(rows[0])[3:]))
         whole["+-"] = sum(row["+-"] ** 2 for row in rows) ** 0.5 / len(rows)
         label = "all" + "*" * any(row["data"][-1] == "*" for row in rows)
         rows.insert(0, {"data": label, "checkpoint": title, "problems": sum(row["problems"] for row in rows)} | whole)
@@ -1872,9 +1874,81 @@ class Judge:
         raise ConnectionError(f"the judge {self.model} at {self.url} gave no verdict in {tries} tries: {problem!r}")
 
 
+def diagnose(policy: Policy, problems: Sequence[Problem], cfg: Config, folder: Path) -> None:
+    """The gap between thinking and acting of any policy, on any data, before it is trained: the questions of a training
+    step, with 16 continuations of every all-wrong tool-using rollout. A table and a figure. Collective."""
+    from matplotlib.figure import Figure
+
+    drawn = [problems[i] for i in draw(len(problems), cfg.questions_per_step, 0, cfg.seed)]
+    began = time.time()
+    with gathered(policy):
+        every = replace(cfg, algo="axpo", ablate="none", rank="entropy", resamples_per_prefix=16, resample_ratio=16.0)
+        batch = axpo_batch(drawn, policy, every, 0)
+    metrics = batch_metrics(batch, time.time() - began)
+    counts, confidence = [], []  # tool-using rollouts of each group; (question, index) and uncertainty of each of these
+    for q, group in batch.groups.items():
+        users = [(q, i) for i, r in enumerate(group) if r.used_tool]
+        counts.append(len(users))
+        confidence += [
+            (key, uncertainty(group[key[1]], "confidence", *first_action(group[key[1]], policy))) for key in users
+        ]
+    confidence = dict(of_all(confidence))
+    found = []  # of each prefix: entropy, confidence, share of right continuations, distinct calls
+    for x in batch.resamples:
+        calls = []
+        for c in x.continuations:
+            call = policy.tokenizer.decode(c.ids[c.calls[0].start : c.calls[0].end])
+            if not any(same_call(call, other) for other in calls):
+                calls.append(call)
+        recovered = mean(c.reward for c in x.continuations)
+        found.append((x.prefix.uncertainty, confidence[x.prefix.question, x.prefix.source], recovered, len(calls)))
+    found, counts = np.array(of_all(found)).reshape(-1, 4), of_all(counts)
+    metrics["distinct_calls"], metrics["one_call_only"] = mean(found[:, 3]), mean(found[:, 3] == 1)
+    for column, name in enumerate(("entropy", "confidence")):
+        metrics[f"{name}_with_recovery"] = rank_correlation(found[:, column], found[:, 2])
+    if not is_first():
+        return
+    table = "\n".join(f"| {name} | {value:.3g} |" for name, value in metrics.items())
+    (folder / "diagnosis.md").write_text(f"| | |\n|---|---|\n{table}\n", encoding="utf-8")
+    print(table)
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.hist(counts, bins=np.arange(cfg.rollouts_per_question + 2) - 0.5, rwidth=0.8)
+    left.set(title="Tool-using rollouts of a question", xlabel=f"of {cfg.rollouts_per_question}")
+    middle.bar(["with a tool", "without"], [metrics["all_wrong"], metrics["all_wrong_no_tool"]], width=0.6)
+    middle.set(title="Subgroups that are all wrong", ylim=(0, 1))
+    right.hist(found[:, 3], bins=np.arange(18) - 0.5, rwidth=0.8)
+    right.set(title="Distinct calls behind one prefix", xlabel="of 16")
+    figure.savefig(folder / "diagnosis.png", dpi=110)
+
+
+def same_call(a: str, b: str) -> bool:
+    """Do two calls mean the same: the same tool and arguments, where case, blanks and the order of keys do not count,
+    and boxes of which half is common? What is no call is compared as it is written."""
+    try:
+        told = [json.loads(" ".join(call.lower().removesuffix("</tool_call>").split())) for call in (a, b)]
+        boxes = [np.reshape(call["arguments"].pop("bbox_2d", [0, 0, 1, 1]), (2, 2)).astype(float) for call in told]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return a == b
+    (a1, a2), (b1, b2) = boxes
+    common = (np.minimum(a2, b2) - np.maximum(a1, b1)).clip(0).prod()
+    areas = (a2 - a1).prod(), (b2 - b1).prod()
+    return told[0] == told[1] and bool(common >= (sum(areas) - common) / 2)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, where equal values share their mean rank; nan if one of them does not vary."""
+    ranks = []
+    for values in (a, b):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts - 1) / 2)[place])
+    varied = len(a) > 1 and all(rank.std() for rank in ranks)
+    return float(np.corrcoef(*ranks)[0, 1]) if varied else math.nan
+
+
 # === 11. The run's folder: logs, checkpoints, pictures ================================================================
 class Run:
-    """runs/NAME: config.json, metrics.jsonl, curves.png, rollouts/STEP.txt, eval-*.jsonl, results.md and .json, the
+    """runs/NAME: config.json, metrics.jsonl, curves.png, rollouts/STEP.html, eval-*.jsonl, results.md and .json, the
     finished models sft/ and rl/ (Hugging Face format) and STAGE.step-N/, the last checkpoint of each stage. All of it
     is a function of the step: a step that is made again after a kill writes the same again, and of several rows of
     metrics.jsonl for a step the last one counts. The first process writes."""
@@ -1959,22 +2033,11 @@ class Run:
             tqdm.write(self.LINE.format(**metrics, seconds=seconds).replace("nan%", "  -"))
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
-        """Write a decoded group, as the trainer sees it, to rollouts/STEP.txt: a recovered one if there is one."""
-        if not is_first() or not batch.streams:
-            return
-        shown = max(batch.resamples, key=lambda x: x.recovered, default=None)
-        problem = shown.rollout.problem if shown else batch.streams[0].rollout.problem
-        lines = [f"{problem.question} [{problem.answers[0]}]"]
-        for s in [s for s in batch.streams if s.rollout.problem is problem]:
-            r, reward = s.rollout, "-" if s.kind == "prefix" else s.rollout.reward
-            lines.append(f"--- {s.kind}, reward {reward}, advantage {s.advantage:+.2f} on what stands in [[ ]]\n")
-            trained = lambda j, r=r, s=s: s.start <= j < s.end and r.sampled[j]  # noqa: E731
-            for on, span in groupby(range(r.prompt_len, len(r.ids)), trained):
-                said = policy.tokenizer.decode([r.ids[j] for j in span if r.ids[j] != policy.image_id])
-                lines[-1] += f"[[{said}]]" if on else said
-        path = self.folder / "rollouts" / f"{step:06d}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        """Write a group, a recovered one if there is one, to rollouts/STEP.html."""
+        if is_first() and batch.groups:
+            path = self.folder / "rollouts" / f"{step:06d}.html"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(group_page(batch, policy, f"{self.folder.name}, step {step}"), encoding="utf-8")
 
     def draw_curves(self) -> None:
         """curves.png from metrics.jsonl. A step is noisy: a line is a running mean over a twentieth of the steps."""
@@ -2001,6 +2064,71 @@ class Run:
         figure.supxlabel("RL step")
         figure.suptitle(f"{self.folder.name}: {self.cfg.algo}")
         figure.savefig(self.folder / "curves.png", dpi=110)
+
+
+STYLE = """body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0.3rem 0 }
+img { max-width: 100%; max-height: 15rem; vertical-align: top; border: 1px solid #ccc }
+section { border-left: 4px solid #bbb; padding-left: 0.7rem; margin: 1rem 0 } section section { margin-left: 0.5rem }
+h3 { font-size: 1rem; margin: 0 } .right > h3 { color: #17803d } .wrong > h3 { color: #b3261e }
+.right { border-color: #17803d } .wrong { border-color: #b3261e } .masked, .observation { color: #767676 }"""
+
+
+def picture_tag(image) -> str:
+    """A picture, decoded or not, inside the page itself, no larger than it is shown."""
+    image = open_image(image) if isinstance(image, bytes | Path) else image.copy()
+    image.thumbnail((960, 480))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def group_page(batch: Batch, policy: Policy, title: str) -> str:
+    """A question's group as a page of HTML: its rollouts, and as a tree each resampled prefix with what its source
+    wrote behind it, which is masked, and what was drawn instead. Tokens are tinted by their advantage. A group with a
+    recovered prefix, if there is one."""
+    streams = {s.rollout: s for s in batch.streams}
+    shown = max(batch.resamples, key=lambda x: x.recovered, default=None)
+    question = shown.prefix.question if shown else min(batch.groups)
+    group = batch.groups.get(question, [])  # another process's, perhaps
+
+    def branch(name: str, r: Rollout, start: int, forks: str = "") -> str:
+        stream, told, observations = streams.get(r), "", iter(r.observations)
+        tint = "masked: it is in no stream"
+        if stream:
+            tint = f"advantage {stream.advantage:+.2f}"
+            colour = "23, 128, 61" if stream.advantage > 0 else "179, 38, 30"
+            style = f"background: rgba({colour}, {min(0.4, abs(stream.advantage) / 4):.2f})"
+        for own, span in groupby(range(start, len(r.ids)), key=lambda j: r.sampled[j]):
+            ids = [r.ids[j] for j in span if r.ids[j] != policy.image_id]
+            said = html.escape(policy.tokenizer.decode(ids))
+            if own:
+                told += f'<span style="{style}">{said}</span>' if stream else f'<span class="masked">{said}</span>'
+            else:
+                seen = next(observations, None)
+                told += f'<span class="observation">{said}</span>'
+                told += "".join(map(picture_tag, seen.images if seen else []))
+        verdict = {1.0: "right", 0.0: "wrong"}.get(r.reward, "")
+        heading = ", ".join(filter(None, (name, verdict, tint)))
+        return f'<section class="{verdict}"><h3>{heading}</h3><pre>{told}</pre>{forks}</section>'
+
+    problem = (shown.rollout if shown else group[0]).problem
+    asked = html.escape(problem.question)
+    for image in problem.images:
+        asked = asked.replace(html.escape(data.MARKER), picture_tag(image), 1)
+    body = f"<h2>{html.escape(title)}</h2><p>{asked}</p><p>Gold answer: {html.escape(problem.answers[0])}</p>"
+    for x in [x for x in batch.resamples if x.prefix.question == question]:
+        forks, start = "", len(x.rollout.ids)
+        if group:
+            forks = branch("what the source wrote next", group[x.prefix.source], start)
+        for k, continuation in enumerate(x.continuations, 1):
+            forks += branch(f"continuation {k}", continuation, continuation.parent_len)
+        body += branch("prefix, " + "not " * (not x.recovered) + "recovered", x.rollout, x.rollout.prompt_len, forks)
+    for i, rollout in enumerate(group, 1):
+        if rollout in streams:
+            body += branch(f"rollout {i}", rollout, rollout.prompt_len)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title>{body}</html>\n'
 
 
 def finite(row: dict) -> dict:
@@ -2055,7 +2183,7 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     problems, held_out = [], []
     if cfg.stage != "distil" and cfg.eval_data:
         held_out = data.load(cfg.eval_data, cfg.eval_limit or None, cfg.seed, cfg.on_bad_row)
-    if cfg.stage in ("all", "rl", "distil"):
+    if cfg.stage in ("all", "rl", "distil", "diagnose"):
         problems = data.load(cfg.data, None, cfg.seed, cfg.on_bad_row)
     return leave_out_solved(problems, cfg.keep_unsolved) if cfg.keep_unsolved else problems, held_out
 
@@ -2080,13 +2208,15 @@ def main(cfg: Config) -> None:
     start_processes(cfg)
     base = Path(cfg.model)
     started_from = "-".join(base.parts[-2:]) if base.is_dir() else base.name
-    folder = Path(cfg.output_dir) / (cfg.name or f"{started_from}-{'eval' if cfg.stage == 'eval' else cfg.algo}")
+    folder = Path(cfg.output_dir) / (
+        cfg.name or f"{started_from}-{cfg.stage if cfg.stage in ('eval', 'diagnose') else cfg.algo}"
+    )
     for turn in (True, False):  # the others find in the caches what the first one downloaded
         if turn is is_first():
             problems, held_out = load_data(cfg)
         everyones(None)
     print(start_tools(cfg))
-    loaded = cfg.model, cfg.stage not in ("distil", "eval")
+    loaded = cfg.model, cfg.stage not in ("distil", "eval", "diagnose")
     policy = load_policy(cfg.model, cfg, loaded[1])
     problems, held_out = (leave_out_long(policy, some, cfg.max_prompt_tokens) for some in (problems, held_out))
     run = Run(folder, cfg)  # from here on, and not before, the folder is this run's
@@ -2095,6 +2225,8 @@ def main(cfg: Config) -> None:
     rows = []
     if cfg.stage == "distil":
         distil(policy, problems, cfg, folder / "trajectories.jsonl")
+    if cfg.stage == "diagnose":
+        diagnose(policy, problems, cfg, folder)
     if cfg.stage == "eval":
         rows = evaluate(policy, held_out, cfg, folder / "eval.jsonl", "start")
     for stage, steps in (("sft", cfg.sft_steps), ("rl", cfg.steps)):

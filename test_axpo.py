@@ -770,6 +770,74 @@ def test_credit_of_every_rollout_prefix_and_continuation_by_hand(policy, cfg):
     assert found["continuation"] == pytest.approx(expected, abs=1e-5)
 
 
+def credits(batch, kind):
+    return {place(s.rollout): s.advantage for s in batch.streams if s.kind == kind}
+
+
+def test_each_ablation_removes_one_thing(policy, cfg):
+    whole = scripted_batch(policy, cfg)
+    batch = scripted_batch(policy, cfg, ablate="prefix_credit")  # the source's own reward, 0, stays: [0, 0, 1, 0]
+    assert credits(batch, "prefix") == pytest.approx({**credits(whole, "prefix"), ("text", 1): -0.5}, abs=1e-5)
+    assert credits(batch, "continuation") == credits(whole, "continuation")
+    batch = scripted_batch(policy, cfg, ablate="separate_group")  # among [1, 0] and the source's [0, 0, 1, 0]
+    merged = credits(batch, "continuation")
+    assert [merged["text", 1, k] for k in (0, 1)] == pytest.approx([1.29099, -0.6455], abs=1e-4)
+    assert credits(batch, "prefix") == credits(whole, "prefix")
+    batch = scripted_batch(policy, cfg, ablate="prefix_fix")
+    spans = {(s.start, s.end) for s in batch.streams if s.kind == "prefix"}
+    assert spans == {(s.start, s.end) for s in whole.streams if s.kind == "prefix"}
+    assert all(s.start == s.rollout.prompt_len for s in batch.streams) and len(batch.streams) == len(whole.streams)
+    for ablate, call in (("tool_bonus", 0.1), ("tool_penalty", -0.1)):
+        found = credits(scripted_batch(policy, cfg, algo="grpo", ablate=ablate), "rollout")
+        paid = axpo.group_advantages(torch.tensor([1 + call, call, 0, 0])).tolist()
+        assert [found["pair", i] for i in range(4)] == pytest.approx(paid)
+
+
+def test_without_a_call_what_follows_the_thinking_is_drawn_anew(monkeypatch, policy, cfg):
+    said = turn_ids(policy, SCRIPTED_ANSWER)
+    (r,) = play(monkeypatch, policy, siblings(policy, [TEXT], 1), {(0, 0): said}, cfg)
+    start, end = axpo.first_action(r, policy)
+    assert r.ids[start - 1] == policy.think_close and end == len(r.ids)
+    prefix = axpo.prefix_of(r, 0, 0, [0.0, 0.0], "entropy", start, end)
+    resample = axpo.resample(policy, [prefix], [TEXT], {}, Sampling(1.0, max_response_tokens=60), cfg)[0]
+    assert all(c.ids[:start] == r.ids[:start] for c in resample.continuations) and not resample.rollout.calls
+
+
+CALL = '{"name": "image_zoom_in", "arguments": {"bbox_2d": %s, "label": "%s"}}</tool_call>'
+
+
+@pytest.mark.parametrize("a, b, same", [
+    (CALL % ("[0, 0, 100, 100]", "flag"), CALL % ("[0, 0, 100, 90]", "Flag"), True),
+    (CALL % ("[0, 0, 100, 100]", "flag"), CALL % ("[0, 60, 100, 160]", "flag"), False),
+    (CALL % ("[0, 0, 9, 9]", "a"), CALL % ("[0, 0, 9, 9]", "b"), False), (CALL % ("[]", "a"), CALL % ("[1]", "a"), False),
+    ('{"name": "f", "arguments": {"x": 1,  "y": "A"}}', '{"arguments": {"y": "a", "x": 1}, "name": "f"}\n', True),
+    ("no call", "no call", True), ("no call", "another", False), ("[1]", "[2]", False),
+])  # fmt: skip
+def test_calls_are_the_same_up_to_spelling_and_half_of_a_box(a, b, same):
+    assert axpo.same_call(a, b) == axpo.same_call(b, a) == same and axpo.same_call(a, a)
+
+
+def test_ranks_correlate_as_spearman_says():
+    a, b = np.array([1, 2, 2, 3]), np.array([10.0, 5, 7, 0])
+    assert axpo.rank_correlation(a, b) == pytest.approx(-0.9486833)
+    assert math.isnan(axpo.rank_correlation(a, 0 * b)) and math.isnan(axpo.rank_correlation(a[:1], b[:1]))
+
+
+def test_a_page_shows_the_group_as_a_tree_and_escapes_what_the_policy_wrote(policy, cfg):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCRIPT, ("flag", 3, 0), (1,))
+        batch = scripted_batch(policy, cfg)
+    group = batch.groups[1]
+    group[0].append(policy.encode("<b>&</b>"), [-1.0] * 8, [1.0] * 8)
+    del group[0].ids[group[0].prompt_len + 8 :]
+    batch.resamples.sort(key=lambda x: x.prefix.question != 1)  # the flag's first
+    page = axpo.group_page(batch, policy, "a < b")
+    assert page.count("<section") == 4 + 2 + 2 - 1 and page.count("</section>") == 7 and "a &lt; b" in page
+    assert page.count("data:image/png;base64,") == 1 and "<script" not in page and "http" not in page
+    assert "prefix, recovered, advantage +1.50" in page and page.count("masked: it is in no stream") == 1
+    assert "<b>" not in page
+
+
 def test_resample_keeps_the_prefix_identical_and_credits_every_token_once(policy, cfg):
     batch = scripted_batch(policy, cfg)
     spans = {s.rollout: (s.kind, s.start, s.end) for s in batch.streams}
@@ -2534,7 +2602,7 @@ def test_the_whole_pipeline_runs_in_the_toy_world_and_leaves_everything_it_promi
     codes, out = job(small, "--output_dir", tmp_path, "--name", "toy", *TINY.split())
     folder = tmp_path / "toy"
     assert codes == [0], out
-    assert names(folder) == PROMISED and names(folder / "rollouts") == ["000001.txt"]
+    assert names(folder) == PROMISED and names(folder / "rollouts") == ["000001.html"]
     for line in ("| toy | sft | 3 |", "| toy | axpo | 3 |", "   2 | reward 0", "run: ", "sandboxed"):
         assert line in out
     rows = [(row["stage"], row["step"]) for row in rows_of(folder / "metrics.jsonl")]
@@ -2544,8 +2612,7 @@ def test_the_whole_pipeline_runs_in_the_toy_world_and_leaves_everything_it_promi
     assert (folder / "results.md").read_text().strip() in out
     assert json.loads((folder / "config.json").read_text())["sft_steps"] == 2
     assert (folder / "curves.png").read_bytes()[1:4] == b"PNG"
-    shown = (folder / "rollouts/000001.txt").read_text()
-    assert shown.count("--- rollout, reward ") == 8 and "[[" in shown
+    assert (folder / "rollouts/000001.html").read_text().count("<section") >= 8
     model = AutoModelForImageTextToText.from_pretrained(folder / "rl")
     tokenizer = AutoTokenizer.from_pretrained(folder / "rl")
     assert model.config.model_type == "qwen3_vl" and tokenizer.get_vocab() == policy.tokenizer.get_vocab()
@@ -2606,7 +2673,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit(one, job):
     assert "going on with rl after step 1" in run(*again[1:])
     assert gap(one[0], folder, "sft") == gap(one[0], folder, "rl") == 0
     assert last_rows(folder) == last_rows(one[0]) and names(folder) == names(one[0])
-    same = ("eval-sft.jsonl", "eval-rl.jsonl", "rollouts/000001.txt", "results.md")
+    same = ("eval-sft.jsonl", "eval-rl.jsonl", "rollouts/000001.html", "results.md")
     assert all((folder / name).read_text() == (one[0] / name).read_text() for name in same)
 
 
