@@ -147,7 +147,8 @@ class Config(ToolConfig):
         """Fill in what depends on other options. ValueError for what cannot be meant, or would learn nothing."""
         toy, given = (self.data or self.model) == "toy", self.data
         self.data = given or ("toy" if toy else "paper-sft" if self.stage in ("distil", "sft") else "paper-rl")
-        own = not toy and any(part not in data.SETS for part, _ in data.check(self.data))
+        files = {part for part, _ in data.check(self.data)} - set(data.SETS)
+        own = not toy and (files or (self.stage == "sft" and self.trajectories))
         if not self.eval_data and (self.stage == "eval" or not own):
             self.eval_data = "toy-test" if toy else given if self.stage == "eval" and given else "paper-eval"
         for name in filter(None, (self.data, self.eval_data)):
@@ -1247,6 +1248,8 @@ def load_policy(name: str, cfg: Config, trained: bool = True) -> Policy:
         if name == "toy":
             model, *processors = data.toy_model(cfg.seed)
         else:
+            if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1):
+                raise ValueError("there is no such folder")
             if not folder.is_dir():
                 folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
             model, *processors = empty_model(folder)
@@ -1798,9 +1801,9 @@ def evaluation_rows(path: Path, cfg: Config, title: str) -> list[dict]:
             told.append({"pass@1": row["reward"], by_tool: row["reward"], "tool_use": row["calls"] > 0,
                          "truncated": row["stop"] != "answer", "response_length": row["tokens"]})  # fmt: skip
         found = means(told, f"pass@1 pass@{n} tool_use right_with_tool right_without truncated response_length")
-        found["+-"] = 1.96 * float(np.std(rights) / n / len(rights) ** 0.5)
-        label = source + "*" * (source in JUDGED and judge is None)
-        rows.append({"data": label, "checkpoint": title, "problems": len(problems)} | found)
+        about = {"data": source + "*" * (source in JUDGED and judge is None), "checkpoint": title}
+        interval = 1.96 * float(np.std(rights) / n / len(rights) ** 0.5)
+        rows.append(about | {"problems": len(problems), "pass@1": found["pass@1"], "+-": interval} | found)
     if len(rows) > 1:
         defined = [{name: x for name, x in row.items() if x == x} for row in rows]
         whole = means(defined, " ".join(list(rows[0])[3:]))
@@ -2033,7 +2036,7 @@ class Run:
             tqdm.write(self.LINE.format(**metrics, seconds=seconds).replace("nan%", "  -"))
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
-        """Write a group, a recovered one if there is one, to rollouts/STEP.html."""
+        """Write a group to rollouts/STEP.html."""
         if is_first() and batch.groups:
             path = self.folder / "rollouts" / f"{step:06d}.html"
             path.parent.mkdir(exist_ok=True)
@@ -2068,7 +2071,7 @@ class Run:
 
 STYLE = """body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0.3rem 0 }
-img { max-width: 100%; max-height: 15rem; vertical-align: top; border: 1px solid #ccc }
+img { display: block; max-width: 100%; max-height: 15rem; border: 1px solid #ccc }
 section { border-left: 4px solid #bbb; padding-left: 0.7rem; margin: 1rem 0 } section section { margin-left: 0.5rem }
 h3 { font-size: 1rem; margin: 0 } .right > h3 { color: #17803d } .wrong > h3 { color: #b3261e }
 .right { border-color: #17803d } .wrong { border-color: #b3261e } .masked, .observation { color: #767676 }"""
@@ -2085,10 +2088,10 @@ def picture_tag(image) -> str:
 
 def group_page(batch: Batch, policy: Policy, title: str) -> str:
     """A question's group as a page of HTML: its rollouts, and as a tree each resampled prefix with what its source
-    wrote behind it, which is masked, and what was drawn instead. Tokens are tinted by their advantage. A group with a
-    recovered prefix, if there is one."""
+    wrote behind it, which is masked, and what was drawn instead. Tokens are tinted by their advantage. The group is the
+    one whose prefix has the largest, if there is one."""
     streams = {s.rollout: s for s in batch.streams}
-    shown = max(batch.resamples, key=lambda x: x.recovered, default=None)
+    shown = max(batch.resamples, key=lambda x: streams[x.rollout].advantage, default=None)
     question = shown.prefix.question if shown else min(batch.groups)
     group = batch.groups.get(question, [])  # another process's, perhaps
 

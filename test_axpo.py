@@ -2744,6 +2744,7 @@ def test_data_defaults_follow_model_and_stage(own_run):
         assert names("model=x", f"data={mine}")[1] == ""
         assert names("model=x", f"data={mine}", "eval_data=vstar")[1] == "vstar"
     assert names("model=x", "stage=eval", "data=mine.jsonl")[1] == "mine.jsonl"
+    assert names("model=x", "stage=sft", "trajectories=mine.jsonl")[1] == ""
 
 
 # --- Bad input: one sentence, never a traceback ------------------------------------------------------------------------
