@@ -138,6 +138,18 @@ def test_pass_at_k_is_unbiased_and_any_of_n_at_k_equal_n():
     assert axpo.pass_at_k(4, 2, 1) == pytest.approx(0.5) and axpo.pass_at_k(4, 1, 2) == pytest.approx(0.5)
 
 
+def test_section_3_alone_in_a_file_passes_the_tests_above(monkeypatch):
+    source = Path(axpo.__file__).read_text()
+    head = "from __future__ import annotations\nfrom collections import Counter\nimport math, torch, numpy as np\n"
+    section = source[source.index("# === 3.") : source.index("# === 4.")]
+    exec(compile(head + section, "pasted.py", "exec", dont_inherit=True), pasted := {})
+    assert pasted["uncertainty"](SimpleNamespace(entropies=[9.0, 1.0, 3.0]), "entropy", 1, 3) == 2.0
+    monkeypatch.setitem(globals(), "axpo", SimpleNamespace(**pasted))
+    tests = [name for name in globals() if name.startswith("test_")]
+    for name in tests[: tests.index("test_section_3_alone_in_a_file_passes_the_tests_above")]:
+        globals()[name]()
+
+
 def test_budget_is_the_floor_of_r_b_n_over_k_and_below_one_prefix_nothing_starts():
     numbers = dict(questions_per_step=4, rollouts_per_question=4)
     assert axpo.Config(**numbers, resamples_per_prefix=3).prefix_budget(4) == 1  # 0.25 * 4 * 4 / 3 = 1.33
