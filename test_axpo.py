@@ -412,24 +412,25 @@ def scripted_tool(toolbox, text):
     return Observation("Mira " * draw.randrange(1, 9), images, True)
 
 
-def play(monkeypatch, policy, rollouts, scripts, cfg, page=0, pages=0, **options):
-    """Run the engine with the tokens dictated (scripts: seed -> ids) but all else real: cache, log-probs, entropies."""
-    engine = axpo.Engine(policy, Sampling(1.0, **{"max_response_tokens": 200, **options}), cfg, page, pages)
-    real = axpo.sample
+def dictate(patch, policy, scripts):
+    """Have the tokens of engines dictated (scripts: seed -> ids) but all else real: cache, log-probs, entropies."""
+    real, sample, engines = axpo.Engine, axpo.sample, []
 
     def dictated(logits, uniforms, sampling, said):
-        ids = []
-        for row in engine.rows:
-            r = row.rollout
-            if row.cached == len(r.ids) and not r.stop:  # one that got a token in this step
-                done, script = sum(r.sampled[r.parent_len :]), scripts[r.seed]
-                ids.append(script[done] if done < len(script) else policy.end)
-        ids = torch.tensor(ids)
-        return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0], real(logits, uniforms, sampling, said)[2]
+        rows = [row for row in engines[-1].rows if row.cached == len(row.rollout.ids) and not row.rollout.stop]
+        ready = [row.rollout for row in rows]  # they got a token in this step
+        ids = torch.tensor([(scripts[r.seed][sum(r.sampled[r.parent_len :]) :] or [policy.end])[0] for r in ready])
+        return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0], sample(logits, uniforms, sampling, said)[2]
 
+    patch.setattr(axpo, "sample", dictated)
+    patch.setattr(axpo, "Engine", lambda *args: engines.append(real(*args)) or engines[-1])
+
+
+def play(monkeypatch, policy, rollouts, scripts, cfg, page=0, pages=0, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(axpo, "sample", dictated)
-        return rolled_out(engine, rollouts)
+        dictate(patch, policy, scripts)
+        sampling = Sampling(1.0, **{"max_response_tokens": 200, **options})
+        return rolled_out(axpo.Engine(policy, sampling, cfg, page, pages), rollouts)
 
 
 def sampled(rollout, start=0):
@@ -3278,20 +3279,15 @@ def rl_step(name, cfg, problems, change=lambda policy: policy):
     return step
 
 
-@bench
-@pytest.mark.parametrize("turns, words, target", [(1, 0, "2 x"), (3, 0, "2.5 x"), (3, 142, "4 x")])
-def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, words, target):
-    trl = pytest.importorskip("trl")
+def trl_trainer(kind, model, policy, problems, cfg, **options):
+    """A trainer of TRL's kind for our problems, tools and rewards; tokens, mean reward and 0 of what it has rolled out."""
+    import trl
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl.chat_template_utils import qwen3_template
 
-    problems = [longer(p, words) for p in data.load("toy", 48) if not p.images][:16]
-    ours = rl_step(practised, replace(bench_cfg, algo="grpo", max_turns=turns), problems)
-    policy, theirs = axpo.load_policy(practised, bench_cfg, False), plain_model(practised)
-    theirs.generation_config.eos_token_id = [*policy.eos, policy.call_close]  # a turn ends with its call
-    tokenizer, ids = policy.tokenizer, [policy.prompt(problem).ids for problem in problems]
-    prompts, seconds, theirs_made, began = [tokenizer.decode(x) for x in ids], {"axpo": [], "trl": []}, [], []
+    tokenizer, graded = copy.deepcopy(policy.tokenizer), []
+    prompts = [tokenizer.decode(policy.prompt(problem).ids) for problem in problems]
+    model.generation_config.eos_token_id = [*policy.eos, policy.call_close]  # a turn ends with its call
 
     class Tools:
         """A rollout's toolbox as TRL wants it: every public method a tool."""
@@ -3300,7 +3296,7 @@ def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, word
 
         def reset(self, index, **_):
             self._box.close()
-            self._box = Toolbox(problems[index].images, bench_cfg)
+            self._box = Toolbox(problems[index].images, cfg)
 
         def _call(self, name, **arguments):
             return self._box.call(json.dumps({"name": name, "arguments": arguments})).text
@@ -3318,8 +3314,40 @@ def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, word
     def right(completions, completion_ids, index, **_):
         texts = [c if isinstance(c, str) else "</think>\n\n" + c[-1]["content"] for c in completions]  # TRL cuts it off
         rewards = [axpo.grade(problems[i], text) for i, text in zip(index, texts)]
-        theirs_made.append((sum(map(len, completion_ids)), np.mean(rewards), 0))
+        graded.append((sum(map(len, completion_ids)), np.mean(rewards), 0))
         return rewards
+
+    if cfg.max_turns > 1:  # the prompt, schemas and all, is what the user says; only what follows is rendered
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+            "<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}"
+            "{% if m.role == 'tool' %}{{ '\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n' }}{% endif %}"
+            "{% if not loop.last and loop.nextitem.role == 'tool' %}"
+            "<|im_end|>\n<|im_start|>user\n<tool_response>\n{% endif %}{% endfor %}"
+        )
+        tokenizer.response_template = qwen3_template
+        model.config.max_position_embeddings = 4096  # TRL looks for it here where it is given a tokenizer
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    args = trl.GRPOConfig(
+        output_dir=cfg.output_dir, learning_rate=1e-9, num_generations=cfg.rollouts_per_question, beta=cfg.beta,
+        epsilon=0.2, epsilon_high=0.4, bf16=False, max_completion_length=cfg.max_response_tokens, loss_type="grpo",
+        max_tool_calling_iterations=cfg.max_turns - 1, gradient_checkpointing=False, disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none", shuffle_dataset=False, **options,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": p, "index": i} for i, p in enumerate(prompts)])
+    about = {"processing_class": tokenizer, "environment_factory": Tools if cfg.max_turns > 1 else None}
+    return kind(model, right, args, rows, **about), graded
+
+
+@bench
+@pytest.mark.parametrize("turns, words, target", [(1, 0, "2 x"), (3, 0, "2.5 x"), (3, 142, "4 x")])
+def test_bench_grpo_step_against_trl(practised, bench_cfg, turns, words, target):
+    trl = pytest.importorskip("trl")
+    from transformers import TrainerCallback
+
+    problems = [longer(p, words) for p in data.load("toy", 48) if not p.images][:16]
+    cfg, seconds, began = replace(bench_cfg, algo="grpo", max_turns=turns), {"axpo": [], "trl": []}, []
+    policy, ours = axpo.load_policy(practised, cfg, False), rl_step(practised, cfg, problems)
 
     class Alternate(TrainerCallback):
         """TRL's step, then ours."""
@@ -3331,29 +3359,14 @@ def test_bench_grpo_step_against_trl(practised, bench_cfg, tmp_path, turns, word
             seconds["trl"].append(np.array([time.perf_counter(), time.thread_time()]) - began[-1])
             seconds["axpo"].append(timed(ours))
 
-    if turns > 1:  # the prompt, schemas and all, is what the user says; only what follows is rendered
-        tokenizer.chat_template = (
-            "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
-            "<tool_call>\n{{ c.function | tojson }}\n</tool_call><|im_end|>{% endfor %}"
-            "{% if m.role == 'tool' %}\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n{% endif %}"
-            "{% if not loop.last and loop.nextitem.role == 'tool' %}\n<|im_start|>user\n<tool_response>\n{% endif %}"
-            "{% endfor %}"
-        )
-        tokenizer.response_template = qwen3_template
-        theirs.config.max_position_embeddings = 4096  # TRL looks for it here where it is given a tokenizer
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    args = trl.GRPOConfig(
-        output_dir=str(tmp_path), max_steps=6, learning_rate=1e-9, num_generations=8, beta=bench_cfg.beta,
-        per_device_train_batch_size=16, gradient_accumulation_steps=8, epsilon=0.2, epsilon_high=0.4, bf16=False,
-        max_completion_length=144, max_tool_calling_iterations=turns - 1, loss_type="grpo", disable_tqdm=True,
-        gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none",
-    )  # fmt: skip
-    rows = Dataset.from_list([{"prompt": p, "index": i} for i, p in enumerate(prompts)])
-    about = {"processing_class": tokenizer, "environment_factory": Tools if turns > 1 else None}
-    trl.GRPOTrainer(theirs, right, args, rows, callbacks=[Alternate()], **about).train()
-    title = f"GRPO step against TRL's GRPOTrainer, {turns} turns at most, {len(ids[0])}-token prompts"
+    sizes = {"max_steps": 6, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}
+    theirs, made = trl_trainer(trl.GRPOTrainer, plain_model(practised), policy, problems, cfg, **sizes)
+    theirs.add_callback(Alternate())
+    theirs.train()
+    length = len(policy.prompt(problems[0]).ids)
+    title = f"GRPO step against TRL's GRPOTrainer, {turns} turns at most, {length}-token prompts"
     report(title, {name: of[1:] for name, of in seconds.items()}, target)
-    print("  tokens, reward, prefixes of a step: axpo", *np.mean(ours.made, 0), "trl", *np.mean(theirs_made, 0))
+    print("  tokens, reward, prefixes of a step: axpo", *np.mean(ours.made, 0), "trl", *np.mean(made, 0))
 
 
 @bench
