@@ -27,6 +27,7 @@ import threading
 import time
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import cache, partial
@@ -3367,6 +3368,62 @@ def test_bench_grpo_step_against_trl(practised, bench_cfg, turns, words, target)
     title = f"GRPO step against TRL's GRPOTrainer, {turns} turns at most, {length}-token prompts"
     report(title, {name: of[1:] for name, of in seconds.items()}, target)
     print("  tokens, reward, prefixes of a step: axpo", *np.mean(ours.made, 0), "trl", *np.mean(made, 0))
+
+
+def test_trl_with_the_readmes_subclass_trains_on_what_axpo_batch_does(theirs, policy, cfg, tmp_path, monkeypatch):
+    """What is drawn is dictated to both. Prompts, tools, entropies, choice, credit, log-probs and loss are each's own."""
+    pytest.importorskip("trl")
+    section = (HERE / "README.md").read_text().split("\n## In your own trainer\n")[1]
+    exec(section.split("```")[1].removeprefix("python"), readme := {})
+    # By question, of its rollouts and of continuations: digits that calls print, then the answer. 2023 has a right call.
+    said = {16: ("22 33 1 2", "22 11 33"), 2023: ("211 22 2 1", ""), 31: ("1 2 33 3", "22 33 22")}
+
+    def spoken(digits):
+        calls = [json.dumps({"name": "python", "arguments": {"code": f"print({digit})"}}) for digit in digits[:-1]]
+        texts = [*(SCRIPTED_CALL % call for call in calls), SCRIPTED_ANSWER.replace("1", digits[-1])]
+        return [turn_ids(policy, text) for text in texts]
+
+    def stream(ids, mask, advantage):
+        trained = np.flatnonzero(mask).tolist()
+        return ids[: trained[-1] + 1], trained, advantage
+
+    problems, turns = [problem(question=f"How many of {n} eggs are left over?", id=str(n)) for n in said], {}
+    for n, (rollouts, continuations) in said.items():
+        for i, digits in enumerate(rollouts.split()):
+            seed = (0, 0, zlib.crc32(str(n).encode()), i)
+            turns[seed] = spoken(digits)
+            for k, (first, *rest) in enumerate(map(spoken, continuations.split())):
+                turns[(*seed, 2, k)] = [first[first.index(policy.call_open) + 1 :], *rest]
+    own = replace(cfg, rollouts_per_question=4, resamples_per_prefix=3, resample_ratio=0.5, beta=0.1)
+    ours = fresh(policy)
+    ours.bias.zero_()  # TRL forbids no token
+    with monkeypatch.context() as patch:
+        dictate(patch, policy, {seed: sum(ids, []) for seed, ids in turns.items()})
+        batch = axpo.axpo_batch(problems, ours, own, 0)
+    masks = [[0] * s.start + s.rollout.sampled[s.start : s.end] for s in batch.streams]
+    expected = [stream(s.rollout.ids, mask, s.advantage) for s, mask in zip(batch.streams, masks)]
+    metrics = axpo.update(ours, ours, torch.optim.SGD(ours.parameters(), 1e-9), batch.streams, 12, own)
+
+    seeds = [r.seed for r in sum(batch.groups.values(), [])], [c.seed for r in batch.resamples for c in r.continuations]
+    rows = [[torch.tensor(turns[seed][t]) for seed in some if t < len(turns[seed])] for some in seeds for t in range(3)]
+    scripts = iter([torch.nn.utils.rnn.pad_sequence(some, True, policy.end) for some in rows if some])
+    theirs.save_pretrained(tmp_path)
+    model, kind = plain_model(tmp_path), readme["AXPOTrainer"]
+    model.generate = lambda input_ids, **_: torch.cat([input_ids, next(scripts)], 1)
+    kind.K, kind.r = 3, 0.5
+    sizes = {"max_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "num_iterations": 2}
+    trainer, _ = trl_trainer(kind, model, policy, problems, own, logging_steps=1, **sizes)
+    trainer.train()
+    found, names = [], ("prompt_mask", "completion_mask", "prompt_ids", "completion_ids", "tool_mask", "advantages")
+    for micro_batch in trainer._buffered_inputs:
+        for before, behind, *row, mask, advantage in zip(*map(micro_batch.get, names), strict=True):
+            ids = torch.cat([x[there.bool()] for x, there in zip(row, (before, behind))]).tolist()
+            mask = [0] * int(before.sum()) + mask[behind.bool()].tolist()
+            found += [stream(ids, mask, advantage.item()) if any(mask) else None]
+    assert found.count(None) == 2 and len(found) == 12 + 6 + 2 == 4 * len(micro_batch["advantages"])
+    assert sorted(filter(None, found)) == sorted(expected)
+    log = trainer.state.log_history[0]
+    assert [log["loss"], log["grad_norm"]] == pytest.approx([metrics["loss"], metrics["grad_norm"]], rel=1e-4)
 
 
 @bench
