@@ -1798,7 +1798,7 @@ def evaluation_rows(path: Path, cfg: Config, title: str) -> list[dict]:
         told = [{f"pass@{n}": pass_at_k(n, right, n)} for right in rights]
         for row in [row for rollouts in problems for row in rollouts]:
             by_tool = "right_with_tool" if row["calls"] else "right_without"
-            told.append({"pass@1": row["reward"], by_tool: row["reward"], "tool_use": row["calls"] > 0,
+            told.append({"pass@1": row["reward"], by_tool: row["reward"], "tool_use": bool(row["calls"]),
                          "truncated": row["stop"] != "answer", "response_length": row["tokens"]})  # fmt: skip
         found = means(told, f"pass@1 pass@{n} tool_use right_with_tool right_without truncated response_length")
         about = {"data": source + "*" * (source in JUDGED and judge is None), "checkpoint": title}
