@@ -70,7 +70,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -142,40 +141,6 @@ class Config(ToolConfig):
     max_rows: int = option(128, "most rollouts decoded side by side, per process")
     threads: int = option(0, "CPU threads of torch (0: all cores)")
     save_minutes: float = option(20.0, "minutes between checkpoints (0: one after every step)")
-
-    def __post_init__(self):
-        """Fill in what depends on other options. ValueError for what cannot be meant, or would learn nothing."""
-        toy, given = (self.data or self.model) == "toy", self.data
-        self.data = given or ("toy" if toy else "paper-sft" if self.stage in ("distil", "sft") else "paper-rl")
-        files = {part for part, _ in data.check(self.data)} - set(data.SETS)
-        own = not toy and (files or (self.stage == "sft" and self.trajectories))
-        if not self.eval_data and (self.stage == "eval" or not own):
-            self.eval_data = "toy-test" if toy else given if self.stage == "eval" and given else "paper-eval"
-        for name in filter(None, (self.data, self.eval_data)):
-            data.check(name)
-        if not self.trajectories and self.data != "toy":  # only the toy world has a teacher
-            self.stage = "rl" if self.stage == "all" else self.stage
-        learns = self.stage in ("all", "rl")
-        zero = "seed threads steps sft_steps warmup_steps eval_limit eval_every eval_top_k"
-        for name, value in asdict(self).items():
-            at_least = int(type(value) is int and name in Config.__annotations__ and name not in zero.split())
-            if isinstance(value, int | float) and not at_least <= value < math.inf:
-                raise ValueError(f"--{name} must be a number of at least {at_least}, not {value}")
-        for wrong, why in (
-            (self.stage == "sft" and self.data != "toy" and not self.trajectories,
-             "--stage sft needs --trajectories FILE, for instance what --stage distil writes"),
-            (self.trajectories and not Path(self.trajectories).is_file(), f"there is no file {self.trajectories}"),
-            (bool(self.judge_url) != bool(self.judge_model), "--judge_url and --judge_model belong together"),
-            (not 0 < self.eps_low < 1, f"--eps_low must lie between 0 and 1, not {self.eps_low}"),
-            (not 0 < self.eval_top_p <= 1, f"--eval_top_p must lie in (0, 1], not {self.eval_top_p}"),
-            (learns and self.rollouts_per_question < 2, "--rollouts_per_question 1: one alone has no advantage"),
-            (learns and self.temperature == 0, "--temperature 0 makes a question's rollouts alike: nothing is learned"),
-            (learns and self.algo == "axpo" and not self.prefix_budget(self.questions_per_step),
-             "--resample_ratio * --questions_per_step * --rollouts_per_question are fewer than --resamples_per_prefix "
-             "continuations: no prefix would ever be resampled; raise the ratio, or say --algo grpo"),
-        ):  # fmt: skip
-            if wrong:
-                raise ValueError(why)
 
     def prefix_budget(self, questions: int) -> int:
         """How many prefixes are resampled in a step, for all processes together: floor(r * B * N / K)."""
@@ -725,9 +690,11 @@ def rope_positions(pictures: Sequence[Picture], start: int, end: int) -> Tensor:
 
 def attend_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of the last T of L tokens, each to those before it and itself: q (T, H, d), k and v (L, h, d)."""
+    before = len(k) - len(q)
+    seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(before) if before else None
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    bias = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)[0].transpose(0, 1)
+    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=not before, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 # === 7. The rollout loop: multi-turn, token in token out, out of one pool of pages ====================================
@@ -2176,9 +2143,45 @@ def parse(arguments: Sequence[str]) -> Config:
     if (first.data or first.model) in ("toy", "toy-test"):
         parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
     try:
-        return Config(**vars(parser.parse_args(arguments)))
+        return completed(Config(**vars(parser.parse_args(arguments))))
     except ValueError as error:
         parser.error(str(error))
+
+
+def completed(cfg: Config) -> Config:
+    """With what depends on other options. ValueError for what cannot be meant, or would learn nothing."""
+    toy, given = (cfg.data or cfg.model) == "toy", cfg.data
+    cfg.data = given or ("toy" if toy else "paper-sft" if cfg.stage in ("distil", "sft") else "paper-rl")
+    files = {part for part, _ in data.check(cfg.data)} - set(data.SETS)
+    own = not toy and (files or (cfg.stage == "sft" and cfg.trajectories))
+    if not cfg.eval_data and (cfg.stage == "eval" or not own):
+        cfg.eval_data = "toy-test" if toy else given if cfg.stage == "eval" and given else "paper-eval"
+    for name in filter(None, (cfg.data, cfg.eval_data)):
+        data.check(name)
+    if not cfg.trajectories and cfg.data != "toy":  # only the toy world has a teacher
+        cfg.stage = "rl" if cfg.stage == "all" else cfg.stage
+    learns = cfg.stage in ("all", "rl")
+    zero = "seed threads steps sft_steps warmup_steps eval_limit eval_every eval_top_k"
+    for name, value in asdict(cfg).items():
+        at_least = int(type(value) is int and name in Config.__annotations__ and name not in zero.split())
+        if isinstance(value, int | float) and not at_least <= value < math.inf:
+            raise ValueError(f"--{name} must be a number of at least {at_least}, not {value}")
+    for wrong, why in (
+        (cfg.stage == "sft" and cfg.data != "toy" and not cfg.trajectories,
+         "--stage sft needs --trajectories FILE, for instance what --stage distil writes"),
+        (cfg.trajectories and not Path(cfg.trajectories).is_file(), f"there is no file {cfg.trajectories}"),
+        (bool(cfg.judge_url) != bool(cfg.judge_model), "--judge_url and --judge_model belong together"),
+        (not 0 < cfg.eps_low < 1, f"--eps_low must lie between 0 and 1, not {cfg.eps_low}"),
+        (not 0 < cfg.eval_top_p <= 1, f"--eval_top_p must lie in (0, 1], not {cfg.eval_top_p}"),
+        (learns and cfg.rollouts_per_question < 2, "--rollouts_per_question 1: one alone has no advantage"),
+        (learns and cfg.temperature == 0, "--temperature 0 makes a question's rollouts alike: nothing is learned"),
+        (learns and cfg.algo == "axpo" and not cfg.prefix_budget(cfg.questions_per_step),
+         "--resample_ratio * --questions_per_step * --rollouts_per_question are fewer than --resamples_per_prefix "
+         "continuations: no prefix would ever be resampled; raise the ratio, or say --algo grpo"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(why)
+    return cfg
 
 
 def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:

@@ -157,8 +157,8 @@ def test_budget_is_the_floor_of_r_b_n_over_k_and_below_one_prefix_nothing_starts
     cfg = axpo.Config(rollouts_per_question=100, resamples_per_prefix=1, resample_ratio=0.29)
     assert cfg.prefix_budget(1) == 29  # though 0.29 * 100 is a little less in floating point
     with pytest.raises(ValueError, match="no prefix would ever be resampled"):
-        axpo.Config(**numbers, resamples_per_prefix=5)  # 0.25 * 4 * 4 = 4 continuations
-    assert axpo.Config(**numbers, resamples_per_prefix=5, algo="grpo").algo == "grpo"
+        axpo.completed(axpo.Config(**numbers, resamples_per_prefix=5))  # 0.25 * 4 * 4 = 4 continuations
+    assert axpo.completed(axpo.Config(**numbers, resamples_per_prefix=5, algo="grpo")).algo == "grpo"
 
 
 # --- The policy: ids, images, positions, and the decoder against transformers' own -------------------------------------
@@ -2748,9 +2748,10 @@ def test_importing_has_no_side_effects_and_help_names_every_option_in_groups(tmp
 
 
 def test_data_defaults_follow_model_and_stage(own_run):
-    names = lambda *a: (lambda c: (c.data, c.eval_data))(axpo.Config(**dict(x.split("=") for x in a)))  # noqa: E731
+    given = lambda **options: axpo.completed(axpo.Config(**options))  # noqa: E731
+    names = lambda *a: (lambda c: (c.data, c.eval_data))(given(**dict(x.split("=") for x in a)))  # noqa: E731
     assert names() == names("model=x", "data=toy") == names("stage=eval", "data=toy") == ("toy", "toy-test")
-    assert axpo.Config(model="x").stage == "rl" and axpo.Config().stage == "all"  # the toy alone has a teacher
+    assert given(model="x").stage == "rl" and given().stage == "all"  # the toy alone has a teacher
     assert names("model=x") == ("paper-rl", "paper-eval") and names("model=x", "stage=distil")[0] == "paper-sft"
     assert names("model=x", "stage=eval", "data=vstar,dynamath")[1] == "vstar,dynamath"
     assert names("model=x", "stage=rl", "data=virl39k,fvqa:9") == ("virl39k,fvqa:9", "paper-eval")
