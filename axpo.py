@@ -5,7 +5,7 @@ often fail, so that a call never earns credit. AXPO is GRPO plus one move for ex
 
     1. roll out N answers per question and grade them                           rollout_groups, grade
     2. find the questions whose tool-using rollouts exist and are all wrong     all_wrong_tool_rollouts
-    3. keep their thinking up to `<tool_call>`, the most uncertain first        uncertainty, select_prefixes
+    3. keep their thinking up to `<tool_call>`, the most uncertain first        find_candidates, select_prefixes
     4. draw the call and all that follows K times anew from each such prefix    resample
     5. credit each token from one source: a continuation against its siblings,  group_advantages
        the prefix by whether any of them was right, the rest as in GRPO         prefix_advantage
@@ -156,7 +156,8 @@ GROUPS = {"search_corpus": "tools", "stage": "what to run", "algo": "the method"
 @dataclass(frozen=True)
 class Picture:
     """An image as the model sees it. `start` is the index of its first placeholder token; pixels (patches, D); grid (t,
-    h, w) in patches; `cells` (t, h, w) in tokens. The M-RoPE position of text behind it is its index plus `shift`."""
+    h, w) in patches; `cells` (t, h, w) in tokens. The M-RoPE position of text is its index plus the sum of `shift` over
+    the pictures before it."""
 
     start: int
     pixels: Tensor
@@ -168,13 +169,13 @@ class Picture:
         return max(self.cells[1:]) - math.prod(self.cells)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """A tool call: its tokens are ids[start:end], from after the opening tag to the closing one or, unclosed, to the
-    turn's end."""
+    turn's end. Without an end it is still being written."""
 
     start: int
-    end: int = 0
+    end: int | None = None
     ok: bool = False
 
 
@@ -207,17 +208,17 @@ class Rollout:
         return bool(self.calls)
 
     def fork(self, length: int, seed: tuple[int, ...]) -> Rollout:
-        """A new rollout that shares the first `length` tokens, all of them of the prompt or the first turn."""
+        """A new rollout that shares the first `length` tokens, which end in the prompt or in the first turn."""
         return Rollout(
             self.problem, seed, self.ids[:length], self.sampled[:length], self.logps[:length], self.entropies[:length],
             [p for p in self.pictures if p.start < length], self.prompt_len, parent=self, parent_len=length,
             calls=[Call(c.start) for c in self.calls if c.start <= length], turn_start=self.prompt_len,
         )  # fmt: skip
 
-    def append(self, ids: Sequence[int], logps: Sequence[float] = (), entropies: Sequence[float] = ()) -> None:
+    def append(self, ids: Sequence[int], logps: list | None = None, entropies: list | None = None) -> None:
         """Add tokens: sampled ones with their log-probs and entropies, or others without."""
         self.ids += ids
-        self.sampled += [int(len(logps) > 0)] * len(ids)
+        self.sampled += [int(logps is not None)] * len(ids)
         self.logps += logps or [0.0] * len(ids)
         self.entropies += entropies or [0.0] * len(ids)
 
@@ -300,12 +301,11 @@ def select_prefixes(questions: Sequence[int], uncertainty: Sequence[float], budg
     # Paper leaves this open: within a round the order is that of the uncertainty, over the whole batch.
     most_uncertain_first = sorted(range(len(questions)), key=lambda c: -uncertainty[c])
     taken = Counter()  # candidates so far, by question
-    rounds = []
-    for place, candidate in enumerate(most_uncertain_first):
-        question = questions[candidate]
-        rounds.append((taken[question], place, candidate))
-        taken[question] += 1
-    return [candidate for _, _, candidate in sorted(rounds)[:budget]]
+    round_of = {}
+    for candidate in most_uncertain_first:
+        round_of[candidate] = taken[questions[candidate]]
+        taken[questions[candidate]] += 1
+    return sorted(most_uncertain_first, key=round_of.get)[:budget]  # sorting keeps the order within a round
 
 
 def prefix_advantage(rewards: Tensor, source: int, recovered: bool) -> float:
@@ -349,15 +349,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def uncertainty(rollout: Rollout, rank: str, start: int, end: int) -> float:
-    """How uncertain the policy was about its first tool call, over the tokens from `start` to `end` that a resample
-    would draw anew: their mean entropy; the paper's proxy, one minus their mean probability; or a seeded random number
-    for the ablation."""
+def uncertainty(entropies: Sequence[float], logps: Sequence[float], rank: str, seed: Sequence[int] = ()) -> float:
+    """How uncertain the policy was about a tool call, over its sampled tokens, which a resample would draw anew: their
+    mean entropy; the paper's proxy, one minus their mean probability; or, for the ablation, a random number."""
     # Paper leaves this open: the call's tokens are those after the opening tag, which itself belongs to the prefix.
     if rank == "random":
-        return float(np.random.default_rng((*rollout.seed, 1)).random())
-    values = rollout.entropies[start:end] if rank == "entropy" else 1 - np.exp(rollout.logps[start:end])
-    return float(np.mean(values))
+        return float(np.random.default_rng((*seed, 1)).random())
+    return float(np.mean(entropies if rank == "entropy" else 1 - np.exp(logps)))
 
 
 TOOL_REWARD = {"tool_bonus": 0.1, "tool_penalty": -0.1}  # what these two alternatives to AXPO add to a rollout's reward
@@ -367,54 +365,28 @@ TOOL_REWARD = {"tool_bonus": 0.1, "tool_penalty": -0.1}  # what these two altern
 def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: int) -> Batch:
     """Roll out, grade, find the all-wrong tool subgroups, resample from them, credit. Without a trigger it is GRPO."""
     sampling = Sampling(cfg.temperature, max_turns=cfg.max_turns, max_response_tokens=cfg.max_response_tokens)
-    mine = deal(range(len(problems)))  # of several processes, each rolls out some of the questions
+    mine = my_share(range(len(problems)))  # of several processes, each rolls out some of the questions
     dealt = [problems[q] for q in mine]
-    groups = dict(zip(mine, rollout_groups(policy, dealt, cfg.rollouts_per_question, sampling, cfg, (cfg.seed, step))))
+    rolled_out = rollout_groups(policy, dealt, cfg.rollouts_per_question, sampling, cfg, (cfg.seed, step))
+    groups = dict(zip(mine, rolled_out))
 
-    candidates = []
-    for q, group in groups.items():
-        rewards = [rollout.reward for rollout in group]
-        subgroup = [rollout.used_tool != (cfg.ablate == "no_tool") for rollout in group]
-        for i in all_wrong_tool_rollouts(rewards, subgroup):
-            start, end = first_action(group[i], policy)
-            if end > start:  # else the length limit left no room for an action
-                candidates.append(prefix_of(group[i], q, i, rewards, cfg.rank, start, end))
-    candidates = sorted(of_all(candidates), key=lambda prefix: (prefix.question, prefix.source))
-    budget = cfg.prefix_budget(len(problems)) if cfg.algo == "axpo" else 0  # one for all processes
-    questions, uncertainties = [c.question for c in candidates], [c.uncertainty for c in candidates]
-    selected = [candidates[c] for c in select_prefixes(questions, uncertainties, budget)]
-    resamples = resample(policy, deal(selected), problems, groups, sampling, cfg)
-
-    streams = []
+    selected = []
+    if cfg.algo == "axpo":
+        candidates = gather_lists(find_candidates(groups, policy, cfg))  # of all processes, as is the budget
+        candidates.sort(key=lambda prefix: (prefix.question, prefix.source))
+        questions, uncertainties = [c.question for c in candidates], [c.uncertainty for c in candidates]
+        chosen = select_prefixes(questions, uncertainties, cfg.prefix_budget(len(problems)))
+        selected = [candidates[c] for c in chosen]
+    resamples = resample(policy, my_share(selected), problems, groups, sampling, cfg)
     replaced = {(prefix.question, prefix.source) for prefix in selected}
-    extra = TOOL_REWARD.get(cfg.ablate, 0.0)
-    for q, group in groups.items():
-        paid = torch.tensor([rollout.reward + extra * rollout.used_tool for rollout in group])
-        advantages = group_advantages(paid).tolist()
-        for i, rollout in enumerate(group):
-            if (q, i) not in replaced:
-                streams.append(Stream(rollout, rollout.prompt_len, len(rollout.ids), advantages[i]))
-    for r in resamples:
-        # The prefix is credited with what it makes possible. What the source wrote behind it was one failed draw of
-        # that: the K new ones stand in for it, and it must not share the prefix's reward, so it is in no stream.
-        recovered = r.recovered and cfg.ablate != "prefix_credit"
-        credit = prefix_advantage(torch.tensor(r.prefix.rewards), r.prefix.source, recovered)
-        streams.append(Stream(r.rollout, r.rollout.prompt_len, len(r.rollout.ids), credit, "prefix"))
-        siblings = [c.reward for c in r.continuations]
-        if cfg.ablate == "separate_group":
-            siblings += r.prefix.rewards
-        advantages = group_advantages(torch.tensor(siblings)).tolist()[: len(r.continuations)]
-        for continuation, advantage in zip(r.continuations, advantages, strict=True):
-            fork, end = continuation.parent_len, len(continuation.ids)
-            streams.append(Stream(continuation, fork, end, advantage, "continuation"))
-    return Batch(groups, resamples, streams)
+    return Batch(groups, resamples, credited_streams(groups, replaced, resamples, cfg))
 
 
 def rollout_groups(policy, problems, count, sampling, cfg, seed) -> list[list[Rollout]]:
     """`count` graded rollouts of each problem."""
     groups = []
 
-    def begin() -> Iterator[Rollout]:
+    def begin() -> Iterator[Rollout]:  # they are begun when the engine has room for them
         with ThreadPoolExecutor(8) as threads:  # encode pictures while others are already decoded
             for prompt in threads.map(policy.prompt, problems):
                 own = (*seed, zlib.crc32(prompt.problem.id.encode()))
@@ -425,6 +397,31 @@ def rollout_groups(policy, problems, count, sampling, cfg, seed) -> list[list[Ro
     return groups
 
 
+def run_and_grade(policy, rollouts: Iterable[Rollout], count: int, sampling, cfg, phase: str) -> None:
+    """Complete the rollouts and set their rewards. A rollout that a limit cut short is wrong."""
+    began = time.time()
+    for rollout in Engine(policy, sampling, cfg).run(rollouts, count, phase) if count else ():
+        rollout.reward = grade(rollout.problem, rollout.response) if rollout.stop == "answer" else 0.0
+    policy.seconds[f"{phase}_seconds"] = time.time() - began
+
+
+def find_candidates(groups: dict[int, list[Rollout]], policy: Policy, cfg: Config) -> list[Prefix]:
+    """The prefixes that may be resampled: of every tool-using rollout of an all-wrong tool subgroup."""
+    candidates = []
+    for q, group in groups.items():
+        rewards = [rollout.reward for rollout in group]
+        subgroup = [rollout.used_tool != (cfg.ablate == "no_tool") for rollout in group]
+        for i in all_wrong_tool_rollouts(rewards, subgroup):
+            r = group[i]
+            start, end = first_action(r, policy)
+            if end > start:  # else the length limit left no room for an action
+                unsure = uncertainty(r.entropies[start:end], r.logps[start:end], cfg.rank, r.seed)
+                before = slice(r.prompt_len, start)
+                sampled = r.ids[before], r.logps[before], r.entropies[before]
+                candidates.append(Prefix(q, i, unsure, rewards, r.seed, *sampled))
+    return candidates
+
+
 def first_action(rollout: Rollout, policy: Policy) -> tuple[int, int]:
     """Where the tokens begin and end that a resample draws anew: those of the first call, after its opening tag. For
     the ablation no_tool: without a call, those after the thinking."""
@@ -433,13 +430,6 @@ def first_action(rollout: Rollout, policy: Policy) -> tuple[int, int]:
     ids = rollout.ids[rollout.prompt_len :]
     end_of_thinking = ids.index(policy.think_close) + 1 if policy.think_close in ids else len(ids)
     return rollout.prompt_len + end_of_thinking, len(rollout.ids)
-
-
-def prefix_of(rollout: Rollout, question, source, rewards: list[float], rank: str, start: int, end: int) -> Prefix:
-    """The prefix of a rollout whose first action takes the tokens from `start` to `end`: all it sampled before."""
-    span = slice(rollout.prompt_len, start)
-    sampled = rollout.ids[span], rollout.logps[span], rollout.entropies[span]
-    return Prefix(question, source, uncertainty(rollout, rank, start, end), rewards, rollout.seed, *sampled)
 
 
 def resample(policy, prefixes, problems, groups, sampling, cfg) -> list[Resample]:
@@ -462,12 +452,29 @@ def resample(policy, prefixes, problems, groups, sampling, cfg) -> list[Resample
     return resamples
 
 
-def run_and_grade(policy, rollouts: Iterable[Rollout], count: int, sampling, cfg, phase: str) -> None:
-    """Complete the rollouts and set their rewards. A rollout that a limit cut short is wrong."""
-    began = time.time()
-    for rollout in Engine(policy, sampling, cfg).run(rollouts, count, phase) if count else ():
-        rollout.reward = grade(rollout.problem, rollout.response) if rollout.stop == "answer" else 0.0
-    policy.seconds[f"{phase}_seconds"] = time.time() - began
+def credited_streams(groups: dict[int, list[Rollout]], replaced: set, resamples, cfg: Config) -> list[Stream]:
+    """What is trained on, with its credit. `replaced`: (question, index) of the rollouts whose prefix is resampled."""
+    streams = []
+    extra = TOOL_REWARD.get(cfg.ablate, 0.0)
+    for q, group in groups.items():
+        advantages = group_advantages(torch.tensor([r.reward + extra * r.used_tool for r in group])).tolist()
+        for i, rollout in enumerate(group):
+            if (q, i) not in replaced:
+                streams.append(Stream(rollout, rollout.prompt_len, len(rollout.ids), advantages[i]))
+    for r in resamples:
+        # The prefix is credited with what it makes possible. What the source wrote behind it was one failed draw of
+        # that: the K new ones stand in for it, and it must not share the prefix's reward, so it is in no stream.
+        recovered = r.recovered and cfg.ablate != "prefix_credit"
+        credit = prefix_advantage(torch.tensor(r.prefix.rewards), r.prefix.source, recovered)
+        streams.append(Stream(r.rollout, r.rollout.prompt_len, len(r.rollout.ids), credit, "prefix"))
+        siblings = [c.reward for c in r.continuations]
+        if cfg.ablate == "separate_group":
+            siblings += r.prefix.rewards
+        advantages = group_advantages(torch.tensor(siblings)).tolist()
+        for continuation, advantage in zip(r.continuations, advantages):
+            fork, end = continuation.parent_len, len(continuation.ids)
+            streams.append(Stream(continuation, fork, end, advantage, "continuation"))
+    return streams
 
 
 # === 5. Grading: the gate. How answers are compared stands in data.py =================================================
@@ -643,20 +650,20 @@ class Policy(nn.Module):
 
 
 def decoder_layer(layer, eps: float, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
-    """One layer of Qwen3-VL's decoder, over the modules that bear the checkpoint's names: (T, D) -> (T, D)."""
+    """One layer of Qwen3-VL's decoder, over the checkpoint's own modules: (T, D) -> (T, D)."""
 
     def norm(y: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(y, weight.shape, weight, eps)
 
-    def turn(y: Tensor) -> Tensor:  # the rotary embedding, over halves of a head
+    def rotate(y: Tensor) -> Tensor:  # the rotary embedding, over halves of a head
         first, second = y.chunk(2, -1)
         return y * cos + torch.cat((-second, first), -1) * sin
 
     attention = layer.self_attn
     heads = -1, attention.q_norm.weight.shape[0]
     y = norm(x, layer.input_layernorm.weight)
-    q = turn(norm(attention.q_proj(y).unflatten(-1, heads), attention.q_norm.weight))
-    k = turn(norm(attention.k_proj(y).unflatten(-1, heads), attention.k_norm.weight))
+    q = rotate(norm(attention.q_proj(y).unflatten(-1, heads), attention.q_norm.weight))
+    k = rotate(norm(attention.k_proj(y).unflatten(-1, heads), attention.k_norm.weight))
     v = attention.v_proj(y).unflatten(-1, heads)
     x = x + attention.o_proj(attend(q, k, v).flatten(1))
     return x + layer.mlp(norm(x, layer.post_attention_layernorm.weight))
@@ -790,7 +797,7 @@ class Engine:
         """Complete `count` rollouts in place; yields each when it is done. They are asked for as rows become free."""
         source, began, tokens = iter(rollouts), time.time(), 0
         bar = tqdm(total=count, desc=title, leave=False, dynamic_ncols=True, disable=None if is_first() else True)
-        with torch.no_grad(), ThreadPoolExecutor(8) as self.threads, bar:
+        with ThreadPoolExecutor(8) as self.threads, bar:
             try:
                 while self.admit(source):
                     self.collect()
@@ -884,7 +891,7 @@ class Engine:
         """Pages for the first `length` tokens of a row. Where none is free, the youngest row is put back. False if that
         was this one."""
         while len(row.pages) * self.page < length:
-            if self.free:  # what is shared lies at the end of the pool, apart from rows' own pages
+            if self.free:  # what is shared lies at the pool's end, so that own pages are one stretch for `attend_pages`
                 page = self.free.pop(-1 if len(row.pages) < self.shared_pages(row) else 0)
                 self.users[page] = 1
                 row.pages.append(page)
@@ -908,13 +915,15 @@ class Engine:
         idle = all(row.waiting for row in self.rows)
         for row in self.rows:
             if row.waiting and (idle or row.due <= self.clock):
-                r, ((observation, images), row.waiting) = row.rollout, (row.waiting.result(), None)
-                r.calls[-1] = replace(r.calls[-1], ok=observation.ok)
+                r, (observation, images) = row.rollout, row.waiting.result()
+                row.waiting = None
+                r.calls[-1].ok = observation.ok
                 r.observations.append(observation)
                 room = r.prompt_len + self.sampling.max_response_tokens - len(r.ids)
                 if not self.policy.observe(r, observation.text, images, room - 1):
                     r.stop = "length"
 
+    @torch.no_grad()
     def step(self) -> int:
         """One token for every row that doesn't wait for a tool. Returns how many these are."""
         ready = self.ready()
@@ -935,7 +944,7 @@ class Engine:
     def after_token(self, row: Row, token: int) -> None:
         """What a sampled token means for its rollout: a call opened, the turn over, or nothing."""
         r, policy = row.rollout, self.policy
-        calling = bool(r.calls) and not r.calls[-1].end  # as is a continuation, right from its start
+        calling = bool(r.calls) and r.calls[-1].end is None  # as is a continuation, right from its start
         if token == policy.call_open and not calling and policy.think_close in r.ids[r.turn_start :]:
             # Paper leaves this open: an opened call counts as one, well-formed or not; a tag in the thinking does not.
             r.calls.append(Call(len(r.ids)))
@@ -948,7 +957,7 @@ class Engine:
         r.stop = "answer" if over else "length"
         if calling:
             text = policy.tokenizer.decode(r.ids[r.calls[-1].start : -1 if over else None])
-            r.calls[-1] = replace(r.calls[-1], end=len(r.ids))
+            r.calls[-1].end = len(r.ids)
             if over and r.turns < self.sampling.max_turns:
                 r.stop = ""
                 row.waiting = self.threads.submit(self.call, row.toolbox, text)
@@ -1145,7 +1154,8 @@ def free_memory(device: torch.device) -> int:
 # === 8. Weights over many processes ===================================================================================
 # Every process has all code and its share of the questions. Weights, gradients and moments lie in shards (FSDP2), one
 # per process. In an update FSDP2 gathers layer by layer, so the processes go through it in step: one that has fewer
-# micro-batches pads with blank ones. For rollouts each process gathers all weights, and needs nobody until the end.
+# micro-batches adds idle passes. For rollouts each process gathers all weights, and needs nobody until prefixes are
+# selected.
 # "Collective" is what every process must call. One process on a CPU shards nothing.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPUTE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # trained weights are kept in float32, gathered in this
@@ -1182,23 +1192,27 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def everyones(thing) -> list:
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(thing) -> list:
     """What each process has, in their order. Collective; the things are pickled, so they should be small."""
-    if not dist.is_initialized():
-        return [thing]
-    things = [None] * dist.get_world_size()
-    dist.all_gather_object(things, thing)
+    things = [thing] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(things, thing)
     return things
 
 
-def of_all(items: list) -> list:
+def gather_lists(items: list) -> list:
     """The items of all processes in one list. Collective."""
-    return [item for share in everyones(items) for item in share]
+    return [item for share in gather(items) for item in share]
 
 
-def deal(items: Sequence) -> Sequence:
-    """This process's share: every n-th, like cards."""
-    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
+def my_share(items: Sequence) -> Sequence:
+    """Of what is dealt to the processes like cards, this one's: every n-th."""
+    return items[dist.get_rank() :: world_size()] if dist.is_initialized() else items
 
 
 def load_policy(name: str, cfg: Config, trained: bool = True) -> Policy:
@@ -1227,7 +1241,7 @@ def load_policy(name: str, cfg: Config, trained: bool = True) -> Policy:
         mixed = MixedPrecisionPolicy(COMPUTE, torch.float32, cast_forward_inputs=False)  # M-RoPE stays in float32
         # Each decoder layer is a unit, gathered and freed as one; the rest (embeddings, vision tower, head) is another.
         for part in (*model.model.language_model.layers, policy) if dist.is_initialized() else ():
-            fully_shard(part, mesh=init_device_mesh(DEVICE, (dist.get_world_size(),)), mp_policy=mixed)
+            fully_shard(part, mesh=init_device_mesh(DEVICE, (world_size(),)), mp_policy=mixed)
             part.set_gradient_divide_factor(1.0)  # gradients are summed over the processes, not averaged;
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other way to say so
             part.set_reduce_scatter_unused_params(True)  # one process may have pictures where another has none
@@ -1272,12 +1286,12 @@ def fill(model, folder: Path) -> None:
 
 
 def weights_digest(policy: Policy) -> int:
-    """A sum over the bytes of all weights: another one, whatever is another in them. Collective."""
+    """A checksum over the bytes of all weights, which another step changes. Collective."""
     total = 0
     for i, weight in enumerate(policy.parameters(), 1):
         mine = weight.to_local() if isinstance(weight, DTensor) else weight
         total += i * mine.detach().to(COMPUTE).contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
-    return sum(everyones(total))
+    return sum(gather(total))
 
 
 @contextmanager
@@ -1293,7 +1307,7 @@ def gathered(policy: Policy) -> Iterator[None]:
 
 
 def make_optimizer(policy: Policy) -> torch.optim.Optimizer:
-    """AdamW, its moments allocated already: after the first rollouts the memory between them would be lost."""
+    """AdamW, its moments allocated already: after the first rollouts they would break up the free memory."""
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     for weight in policy.parameters():
         moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
@@ -1303,11 +1317,11 @@ def make_optimizer(policy: Policy) -> torch.optim.Optimizer:
 
 def optimise(policy: Policy, optimizer, batches: Sequence, loss_of: Callable) -> tuple[float, float]:
     """One step along the sum of loss_of(i, batches[i]) over the micro-batches of all processes. Returns this sum and
-    the gradient's norm before clipping; where that is not finite, no step is made, and ten times in a row are a
-    ValueError. Collective, with any number of batches, or none."""
+    the gradient's norm before clipping; where that is not finite, no step is made; ValueError if that happens ten times
+    in a row. Collective, with any number of batches, or none."""
     total = 0.0
-    for i in range(max(everyones(len(batches)))):
-        loss = loss_of(i, batches[i]) if i < len(batches) else 0 * blank(policy).sum()
+    for i in range(max(gather(len(batches)))):
+        loss = loss_of(i, batches[i]) if i < len(batches) else 0 * idle_forward(policy).sum()
         loss.backward()
         total += loss.item()
     for weight in policy.parameters():
@@ -1321,17 +1335,17 @@ def optimise(policy: Policy, optimizer, batches: Sequence, loss_of: Callable) ->
     if not policy.skipped:
         optimizer.step()
     optimizer.zero_grad()  # now, as the rollouts need the memory
-    return sum(everyones(total)), norm
+    return sum(gather(total)), norm
 
 
-def blank(policy: Policy) -> Tensor:
+def idle_forward(policy: Policy) -> Tensor:
     """Hidden states of a token that nobody needs, from a process that has nothing to do but must keep in step."""
     ids = torch.zeros(1, dtype=torch.long, device=DEVICE)
     return policy(ids, ids.expand(3, -1), [], lambda layer, q, k, v: v.repeat_interleave(q.shape[1] // v.shape[1], 1))
 
 
 @contextmanager
-def drafted(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `folder` once all processes have left, and is removed if one fails. OSError,
     in one sentence, if it cannot be written. Collective."""
     draft, error = folder.with_name(folder.name + ".draft"), ""
@@ -1342,7 +1356,7 @@ def drafted(folder: Path) -> Iterator[Path]:
             draft.rename(folder)
     except (Exception, dcp.CheckpointException) as failure:
         error = first_line(failure)
-    if errors := list(filter(None, everyones(error))):
+    if errors := list(filter(None, gather(error))):
         if is_first():
             shutil.rmtree(draft, ignore_errors=True)
         raise OSError(f"cannot write {folder}: {errors[0]}")
@@ -1392,9 +1406,10 @@ def segments(rollout: Rollout, end: int) -> list[Segment]:
 
 
 def micro_batches(streams: Sequence[Stream], tokens: int) -> list[list[Stream]]:
-    """Streams in batches of at most `tokens` tokens, shared segments counted once; dearest first, so that processes are
-    in step. The streams of a question stay together as long as they fit, and a prompt that takes more than half of a
-    batch may be joined by as many tokens of its streams, so that it is not computed anew for each."""
+    """Streams in batches of at most `tokens` tokens, or one stream, shared segments counted once; the largest first, so
+    that processes are in step. The streams of a question stay together as long as they fit, and a prompt that takes
+    more than half of a batch may be joined by as many tokens of its streams, so that it is not computed anew for
+    each."""
     batches: list[tuple[int, list[Stream]]] = []
     held: set[Segment] = set()
     for stream in sorted(streams, key=lambda s: s.rollout.problem.id):
@@ -1477,30 +1492,37 @@ def update(policy: Policy, reference, optimizer, streams: list[Stream], total: i
     advantage has no gradient and is skipped. Returns means over all tokens. Collective."""
     kept = [s for s in streams if cfg.beta or s.advantage]
     batches = micro_batches(kept, cfg.micro_batch_tokens)
-    reference_logps: list[Tensor] = []
+    reference_logps = []
     if cfg.beta:
         with torch.no_grad(), gathered(reference):
             reference_logps = [stream_logps(reference, batch, cfg.temperature)[0] for batch in batches]
     old_logps: list[Tensor] = []
-    sums = Counter(skipped=len(streams) - len(kept), streams=len(streams))
+    sums = Counter(skipped=len(streams) - len(kept), streams=len(streams), tokens=0)
+    sums.update(ratio=0, clip_fraction=0, kl=0, sampler_gap=0)
 
     def loss_of(i: int, batch: list[Stream]) -> Tensor:
         logps, mask = stream_logps(policy, batch, cfg.temperature)
         if i == len(old_logps):
             old_logps.append(logps.detach())
-        before = reference_logps[i] if cfg.beta else logps.detach()
+        frozen = reference_logps[i] if cfg.beta else logps.detach()
         advantages = torch.tensor([s.advantage for s in batch], device=logps.device)
-        loss, metrics = policy_loss(logps, old_logps[i], before, advantages, mask, cfg.eps_low, cfg.eps_high, cfg.beta)
+        loss, metrics = policy_loss(logps, old_logps[i], frozen, advantages, mask, cfg.eps_low, cfg.eps_high, cfg.beta)
         metrics["sampler_gap"] = sampler_gap(batch, old_logps[i][mask])
         tokens = mask.sum().item()
         sums.update({name: value * tokens for name, value in metrics.items()} | {"tokens": tokens})
         return loss.sum() / total  # Paper leaves this open: the mean per stream, their sum over B * N
 
     steps = [optimise(policy, optimizer, batches, loss_of) for _ in range(cfg.epochs_per_batch)]
-    sums = sum(map(Counter, everyones(sums)), Counter())  # of all processes
-    means = {name: sums[name] / max(sums["tokens"], 1) for name in ("ratio", "clip_fraction", "kl", "sampler_gap")}
-    means |= {"skipped": sums["skipped"] / max(sums["streams"], 1), "kl": means["kl"] if cfg.beta else math.nan}
-    return means | {"loss": mean(loss for loss, _ in steps), "grad_norm": steps[-1][1]}
+    shares = gather(sums)
+    total_of = {name: sum(share[name] for share in shares) for name in sums}
+    metrics = {
+        name: total_of[name] / max(total_of["tokens"], 1) for name in ("ratio", "clip_fraction", "kl", "sampler_gap")
+    }
+    metrics |= {
+        "skipped": total_of["skipped"] / max(total_of["streams"], 1),
+        "kl": metrics["kl"] if cfg.beta else math.nan,
+    }
+    return metrics | {"loss": mean(loss for loss, _ in steps), "grad_norm": steps[-1][1]}
 
 
 def sampler_gap(streams: Sequence[Stream], logps: Tensor) -> float:
@@ -1512,7 +1534,7 @@ def sampler_gap(streams: Sequence[Stream], logps: Tensor) -> float:
 
 
 def set_lr(optimizer, lr: float, step: int, warmup: int, steps: int) -> None:
-    """Linear warm-up, then a straight line to 0 at `steps`: a function of the step, so nothing to restore on resume."""
+    """A linear warm-up times a straight line to 0 at `steps`: a function of the step, with nothing to restore."""
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1.0, (step + 1) / max(warmup, 1)) * (1 - step / steps)
 
@@ -1543,21 +1565,21 @@ def rollouts_to_file(policy: Policy, problems: Sequence[Problem], sampling: Samp
     header = {"made_by": told.hexdigest()}
     lines = list(read_lines(path)) if path.exists() else []
     lines = lines if lines[:1] == [header] else [header]
-    done = everyones({line["id"] for line in lines[1:]})[0]
+    done = gather({line["id"] for line in lines[1:]})[0]
     if is_first():
         append_lines(path.with_suffix(".draft"), lines)  # without a last line that a kill cut short
         path.with_suffix(".draft").replace(path)
     todo = [problem for problem in problems if problem.id not in done]
-    size = max(1, 4 * cfg.max_rows // cfg.eval_rollouts) * len(everyones(None))  # so that not all images are held
+    size = max(1, 4 * cfg.max_rows // cfg.eval_rollouts) * world_size()  # so that not all images are held
     bar = tqdm(total=len(problems), initial=len(done), desc=path.stem, dynamic_ncols=True, disable=not is_first())
     with gathered(policy), bar:
         for i in range(0, len(todo), size):
-            some, lines = deal(todo[i : i + size]), []
+            some, lines = my_share(todo[i : i + size]), []
             for group in rollout_groups(policy, some, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30)):
                 line = {"id": group[0].problem.id, "n": len(group), "solved": sum(r.reward == 1 for r in group)}
                 kept = [keep(rollout) for rollout in group]
                 lines.append(line | {"problem": about[line["id"]], "rollouts": kept})
-            lines = of_all(lines)
+            lines = gather_lists(lines)
             bar.update(len(lines))
             if is_first():
                 append_lines(path, lines)
@@ -1629,15 +1651,21 @@ def read_trajectories(path: Path) -> list[tuple[Problem, list[str | Observation]
 def leave_out_solved(problems: Sequence[Problem], dumps: str) -> list[Problem]:
     """The paper's filter, from dumps: without what the student (first file) always and the teacher (second file) never
     solved."""
-    dropped, lines = set(), 0
-    for path, teacher in zip(dumps.split(","), (False, True)):
-        for line in read_lines(Path(path.strip())):
-            lines += "solved" in line
-            if line.get("solved", -1) == (0 if teacher else line.get("n")):
+    student, *teacher = [path.strip() for path in dumps.split(",")]
+    dropped, lines = set(), []
+    for line in read_lines(Path(student)):
+        lines += [line] * ("solved" in line)
+        if line.get("solved", -1) == line.get("n"):
+            dropped.add(line["id"])
+    for path in teacher:
+        for line in read_lines(Path(path)):
+            if line.get("solved") == 0:
                 dropped.add(line["id"])
     kept = [problem for problem in problems if problem.id not in dropped]
     if not lines or not kept:
-        raise ValueError(f"--keep_unsolved {dumps}: of {len(problems)} problems and {lines} lines, no problem is left")
+        raise ValueError(
+            f"--keep_unsolved {dumps}: of {len(problems)} problems and {len(lines)} lines, no problem is left"
+        )
     print(f"{len(kept)} of {len(problems)} problems are neither always solved nor never")
     return kept
 
@@ -1648,13 +1676,13 @@ def train_sft(policy: Policy, cfg: Config, run: Run) -> None:
     trajectories = (
         read_trajectories(Path(cfg.trajectories)) if cfg.trajectories else data.toy_trajectories(cfg, cfg.seed)
     )
-    kept = 0 if cfg.trajectories else None  # the toy's are small
-    encode = lru_cache(kept)(lambda i: to_rollout(policy, *trajectories[i]))
+    encode = lambda i: to_rollout(policy, *trajectories[i])  # noqa: E731
+    encode = encode if cfg.trajectories else lru_cache(None)(encode)  # the toy's are small
     optimizer = make_optimizer(policy)
     for step in run.steps("sft", policy, optimizer, cfg.sft_lr, cfg.sft_steps):
-        rollouts = [encode(i) for i in deal(draw(len(trajectories), cfg.sft_batch, step, cfg.seed))]
+        rollouts = [encode(i) for i in my_share(draw(len(trajectories), cfg.sft_batch, step, cfg.seed))]
         streams = [Stream(r, r.prompt_len, len(r.ids), 1.0) for r in rollouts]
-        total = sum(everyones(sum(sum(r.sampled) for r in rollouts)))
+        total = sum(gather(sum(sum(r.sampled) for r in rollouts)))
 
         def loss_of(_, batch: list[Stream], total=total) -> Tensor:
             logps, mask = stream_logps(policy, batch, 1.0)
@@ -1703,7 +1731,8 @@ METRICS = ("reward tool_use reward_tool reward_no_tool all_wrong all_wrong_no_to
 def batch_metrics(batch: Batch, seconds: float) -> dict[str, float]:
     """The symptoms of the Thinking-Acting gap, which every step must log (glossary in the README). Shares are of 1;
     lengths in tokens. Over all processes; collective."""
-    recovered = set(of_all([x.prefix.question for x in batch.resamples if x.recovered]))
+    recovered = [x.prefix.question for x in batch.resamples if x.recovered and x.rollout.used_tool]
+    recovered = set(gather_lists(recovered))
     tokens = sum(sum(c.sampled[c.parent_len :]) for x in batch.resamples for c in x.continuations)
     rows = [{"prefix_recovery": x.recovered} for x in batch.resamples]
     for q, group in batch.groups.items():
@@ -1722,8 +1751,8 @@ def batch_metrics(batch: Batch, seconds: float) -> dict[str, float]:
             rows.append({"reward": r.reward, by_tool: r.reward, "tool_use": r.used_tool,
                          "truncated": r.stop != "answer", "response_length": len(r.ids) - r.prompt_len})  # fmt: skip
             rows += [{"calls_ok": call.ok} for call in r.calls[: r.turns - 1]]
-    metrics = means(of_all(rows), METRICS)
-    metrics |= {"prefixes": sum(everyones(len(batch.resamples))), "tokens": sum(everyones(tokens))}
+    metrics = means(gather_lists(rows), METRICS)
+    metrics |= {"prefixes": sum(gather(len(batch.resamples))), "tokens": sum(gather(tokens))}
     return metrics | {"tokens_per_second": metrics["tokens"] / seconds}
 
 
@@ -1739,7 +1768,7 @@ def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Pat
         return row | {"response": r.response, "text": text}
 
     rollouts_to_file(policy, problems, sampling, cfg, path, keep)
-    return everyones(evaluation_rows(path, cfg, title) if is_first() else [])[0]
+    return gather(evaluation_rows(path, cfg, title) if is_first() else [])[0]
 
 
 JUDGED = ("mmsearch",)  # exact match cannot decide: the paper asks a judge here
@@ -1792,7 +1821,7 @@ def evaluation_reward(problem: Problem, judge: Judge | None, row: dict) -> float
 def results_table(rows: list[dict]) -> str:
     """The rows as Markdown, those of one data set below each other. Where all nine sets were evaluated, the paper's
     figures stand below."""
-    if len({row["data"] for row in rows}) == 10:
+    if {*data.MIXES["paper-eval"].split(",")} == {row["data"].strip("*") for row in rows} - {"all"}:
         paper = [{"data": "all, paper", "checkpoint": name, "pass@1": a, "pass@4": b} for name, (a, b) in PAPER.items()]
         rows = [*rows, *paper]
     lines = [list(rows[0]), ["---"] * len(rows[0])]
@@ -1815,7 +1844,8 @@ class Judge:
 
     def __init__(self, cfg: Config, kept: Path):
         self.url, self.model, self.kept = f"{cfg.judge_url.rstrip('/')}/chat/completions", cfg.judge_model, kept
-        self.verdicts = {line["prompt"]: line["verdict"] for line in (read_lines(kept) if kept.exists() else ())}
+        lines = read_lines(kept) if kept.exists() else ()
+        self.verdicts = {line["prompt"]: line["verdict"] for line in lines if line["model"] == self.model}
 
     def grade(self, problem: Problem, answer: str, by_the_rules: float) -> float:
         """1.0 or 0.0; what the rules say if the judge says neither yes nor no."""
@@ -1855,14 +1885,14 @@ def diagnose(policy: Policy, problems: Sequence[Problem], cfg: Config, folder: P
         every = replace(cfg, algo="axpo", ablate="none", rank="entropy", resamples_per_prefix=16, resample_ratio=16.0)
         batch = axpo_batch(drawn, policy, every, 0)
     metrics = batch_metrics(batch, time.time() - began)
-    counts, confidence = [], []  # tool-using rollouts of each group; (question, index) and uncertainty of each of these
+    counts, confidence = [], []  # tool-using rollouts of each group; of each of these its place and uncertainty
     for q, group in batch.groups.items():
-        users = [(q, i) for i, r in enumerate(group) if r.used_tool]
-        counts.append(len(users))
-        confidence += [
-            (key, uncertainty(group[key[1]], "confidence", *first_action(group[key[1]], policy))) for key in users
-        ]
-    confidence = dict(of_all(confidence))
+        counts.append(sum(r.used_tool for r in group))
+        for i, r in enumerate(group):
+            if r.used_tool:
+                call = slice(r.calls[0].start, r.calls[0].end)
+                confidence.append(((q, i), uncertainty(r.entropies[call], r.logps[call] or [0.0], "confidence")))
+    confidence = dict(gather_lists(confidence))
     found = []  # of each prefix: entropy, confidence, share of right continuations, distinct calls
     for x in batch.resamples:
         calls = []
@@ -1872,7 +1902,7 @@ def diagnose(policy: Policy, problems: Sequence[Problem], cfg: Config, folder: P
                 calls.append(call)
         recovered = mean(c.reward for c in x.continuations)
         found.append((x.prefix.uncertainty, confidence[x.prefix.question, x.prefix.source], recovered, len(calls)))
-    found, counts = np.array(of_all(found)).reshape(-1, 4), of_all(counts)
+    found, counts = np.array(gather_lists(found)).reshape(-1, 4), gather_lists(counts)
     metrics["distinct_calls"], metrics["one_call_only"] = mean(found[:, 3]), mean(found[:, 3] == 1)
     for column, name in enumerate(("entropy", "confidence")):
         metrics[f"{name}_with_recovery"] = rank_correlation(found[:, column], found[:, 2])
@@ -1926,7 +1956,7 @@ class Run:
     # What may not differ when a run goes on.
     FIXED = ("model seed algo rank ablate rollouts_per_question resamples_per_prefix resample_ratio eps_low eps_high "
              "beta temperature max_turns max_response_tokens questions_per_step epochs_per_batch lr sft_lr sft_batch "
-             "warmup_steps max_prompt_tokens max_image_pixels")  # fmt: skip
+             "warmup_steps max_prompt_tokens max_image_pixels ")  # fmt: skip
     LINE = ("{step:>4} | reward {reward:.2f} | tool {tool_use:3.0%} | all-wrong {all_wrong:3.0%} | "
             "recovered {recovery:3.0%} | {seconds:.1f} s")  # fmt: skip
 
@@ -1938,7 +1968,8 @@ class Run:
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             path, now = folder / "config.json", asdict(cfg)
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
-            for name in self.FIXED.split():
+            of_data = "data trajectories keep_unsolved" if before.get("stage") == now["stage"] else ""
+            for name in (self.FIXED + of_data).split():
                 if before.get(name) != now[name]:
                     was = f"{folder} was begun with --{name} {before.get(name)!r}, not {now[name]!r}"
                     raise ValueError(f"{was}: give another --name, or delete the folder")
@@ -1946,13 +1977,13 @@ class Run:
 
     def made(self, stage: str) -> tuple[int, Path | None]:
         """How many steps of a stage have been made, and their checkpoint. Collective."""
-        kept = everyones(sorted(p for p in self.folder.glob(f"{stage}.step-*") if p.suffix != ".draft"))[0]
+        kept = gather(sorted(p for p in self.folder.glob(f"{stage}.step-*") if p.suffix != ".draft"))[0]
         return (int(kept[-1].name.rpartition("-")[2]), kept[-1]) if kept else (0, None)
 
     def finished(self, stage: str, steps: int) -> bool:
         """Is the stage's model there, with so many steps? Collective."""
         made, kept = self.made(stage)
-        return everyones((self.folder / stage).exists())[0] and (kept is None or made >= steps)
+        return gather((self.folder / stage).exists())[0] and (kept is None or made >= steps)
 
     def steps(self, stage: str, policy: Policy, optimizer, lr: float, count: int) -> Iterator[int]:
         """The steps of a stage that are still to be made, out of `count`: goes on from its last checkpoint, sets the
@@ -1964,7 +1995,7 @@ class Run:
 
         def stop_soon(number: int, _) -> None:
             told.append(number)
-            if dist.is_initialized():  # another process may have died, and this one would wait for it
+            if world_size() > 1:  # another process may have died, and this one would wait for it
                 signal.alarm(12)
 
         before = signal.signal(signal.SIGTERM, stop_soon)
@@ -1972,11 +2003,11 @@ class Run:
         for step in self.bar:
             set_lr(optimizer, lr, step, self.cfg.warmup_steps, count)
             yield step
-            stopping = any(everyones(bool(told)))
-            due = everyones(time.time() - saved >= 60 * self.cfg.save_minutes)[0]
+            stopping = any(gather(bool(told)))
+            due = gather(time.time() - saved >= 60 * self.cfg.save_minutes)[0]
             if stopping or due or step + 1 == count:
                 signal.alarm(0)
-                with drafted(self.folder / f"{stage}.step-{step + 1:06d}") as draft:
+                with atomic_folder(self.folder / f"{stage}.step-{step + 1:06d}") as draft:
                     dcp.save(training_state(policy, optimizer), checkpoint_id=draft)
                 if kept and is_first():
                     shutil.rmtree(kept)
@@ -1984,7 +2015,7 @@ class Run:
             if stopping and step + 1 < count:
                 raise ValueError(f"stopped by SIGTERM after step {step + 1}; the same command goes on from there")
         signal.signal(signal.SIGTERM, before)
-        with drafted(self.folder / stage) as draft:
+        with atomic_folder(self.folder / stage) as draft:
             export(policy, draft)
 
     def log(self, metrics: dict) -> None:
@@ -2023,12 +2054,15 @@ class Run:
         figure = Figure(figsize=(10, 6), layout="constrained")
         for axis, (title, (stage, *names)) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
             for name in names:
-                steps = [at for of, at in sorted(rows) if of == stage and rows[of, at][name] is not None]
-                values = [rows[stage, step][name] for step in steps]
+                steps, values = [], []
+                for (of, step), row in sorted(rows.items()):
+                    if of == stage and row.get(name) is not None:
+                        steps.append(step)
+                        values.append(row[name])
                 window = max(1, len(values) // 20)
-                means = [mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
+                smooth = [mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
                 axis.plot(steps, values, color="0.85", linewidth=0.8)
-                axis.plot(steps, means, marker="o" if stage == "eval" else None, label=name)
+                axis.plot(steps, smooth, marker="o" if stage == "eval" else None, label=name)
             axis.set(title=title, ylim=(-0.02, 1.02))
             axis.legend(loc="best", frameon=False)
         figure.supxlabel("RL step")
@@ -2055,8 +2089,8 @@ def picture_tag(image) -> str:
 
 def group_page(batch: Batch, policy: Policy, title: str) -> str:
     """A question's group as a page of HTML: its rollouts, and as a tree each resampled prefix with what its source
-    wrote behind it, which is masked, and what was drawn instead. Tokens are tinted by their advantage. The group is the
-    one whose prefix has the largest, if there is one."""
+    wrote behind it, which is not trained on, and what was drawn instead. Tokens are tinted by their advantage. The
+    group is the one whose prefix has the largest, if there is one."""
     streams = {s.rollout: s for s in batch.streams}
     shown = max(batch.resamples, key=lambda x: streams[x.rollout].advantage, default=None)
     question = shown.prefix.question if shown else min(batch.groups)
@@ -2064,7 +2098,7 @@ def group_page(batch: Batch, policy: Policy, title: str) -> str:
 
     def branch(name: str, r: Rollout, start: int, forks: str = "") -> str:
         stream, told, observations = streams.get(r), "", iter(r.observations)
-        tint = "masked: it is in no stream"
+        tint = "not trained on"
         if stream:
             tint = f"advantage {stream.advantage:+.2f}"
             colour = "23, 128, 61" if stream.advantage > 0 else "179, 38, 30"
@@ -2175,6 +2209,7 @@ def completed(cfg: Config) -> Config:
         (not 0 < cfg.eval_top_p <= 1, f"--eval_top_p must lie in (0, 1], not {cfg.eval_top_p}"),
         (learns and cfg.rollouts_per_question < 2, "--rollouts_per_question 1: one alone has no advantage"),
         (learns and cfg.temperature == 0, "--temperature 0 makes a question's rollouts alike: nothing is learned"),
+        (learns and cfg.algo == "axpo" and cfg.ablate in TOOL_REWARD, f"--ablate {cfg.ablate} is for --algo grpo"),
         (learns and cfg.algo == "axpo" and not cfg.prefix_budget(cfg.questions_per_step),
          "--resample_ratio * --questions_per_step * --rollouts_per_question are fewer than --resamples_per_prefix "
          "continuations: no prefix would ever be resampled; raise the ratio, or say --algo grpo"),
@@ -2191,7 +2226,9 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
         held_out = data.load(cfg.eval_data, cfg.eval_limit or None, cfg.seed, cfg.on_bad_row)
     if cfg.stage in ("all", "rl", "distil", "diagnose"):
         problems = data.load(cfg.data, None, cfg.seed, cfg.on_bad_row)
-    return leave_out_solved(problems, cfg.keep_unsolved) if cfg.keep_unsolved else problems, held_out
+    if problems and cfg.keep_unsolved:
+        problems = leave_out_solved(problems, cfg.keep_unsolved)
+    return problems, held_out
 
 
 def leave_out_long(policy: Policy, problems: list[Problem], limit: int) -> list[Problem]:
@@ -2204,8 +2241,11 @@ def leave_out_long(policy: Policy, problems: list[Problem], limit: int) -> list[
             tokens += max(64, math.ceil(width * scale) * math.ceil(height * scale))
         if tokens <= limit:
             kept.append(problem)
+    left_out = f"{len(problems) - len(kept)} of {len(problems)} questions are longer than --max_prompt_tokens"
+    if problems and not kept:
+        raise ValueError(left_out)
     if len(kept) < len(problems):
-        print(f"{len(problems) - len(kept)} of {len(problems)} questions are longer than --max_prompt_tokens: left out")
+        print(f"{left_out}: left out")
     return kept
 
 
@@ -2217,10 +2257,10 @@ def main(cfg: Config) -> None:
     folder = Path(cfg.output_dir) / (
         cfg.name or f"{started_from}-{cfg.stage if cfg.stage in ('eval', 'diagnose') else cfg.algo}"
     )
-    for turn in (True, False):  # the others find in the caches what the first one downloaded
-        if turn is is_first():
+    for first in (True, False):  # the others find in the caches what the first one downloaded
+        if first == is_first():
             problems, held_out = load_data(cfg)
-        everyones(None)
+        gather(None)
     print(start_tools(cfg))
     loaded = cfg.model, cfg.stage not in ("distil", "eval", "diagnose")
     policy = load_policy(cfg.model, cfg, loaded[1])

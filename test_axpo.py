@@ -144,7 +144,7 @@ def test_section_3_alone_in_a_file_passes_the_tests_above(monkeypatch):
     head = "from __future__ import annotations\nfrom collections import Counter\nimport math, torch, numpy as np\n"
     section = source[source.index("# === 3.") : source.index("# === 4.")]
     exec(compile(head + section, "pasted.py", "exec", dont_inherit=True), pasted := {})
-    assert pasted["uncertainty"](SimpleNamespace(entropies=[9.0, 1.0, 3.0]), "entropy", 1, 3) == 2.0
+    assert pasted["uncertainty"]([1.0, 3.0], [], "entropy") == 2.0
     monkeypatch.setitem(globals(), "axpo", SimpleNamespace(**pasted))
     tests = [name for name in globals() if name.startswith("test_")]
     for name in tests[: tests.index("test_section_3_alone_in_a_file_passes_the_tests_above")]:
@@ -812,7 +812,9 @@ def test_without_a_call_what_follows_the_thinking_is_drawn_anew(monkeypatch, pol
     (r,) = play(monkeypatch, policy, siblings(policy, [TEXT], 1), {(0, 0): said}, cfg)
     start, end = axpo.first_action(r, policy)
     assert r.ids[start - 1] == policy.think_close and end == len(r.ids)
-    prefix = axpo.prefix_of(r, 0, 0, [0.0, 0.0], "entropy", start, end)
+    r.reward = 0.0
+    (prefix,) = axpo.find_candidates({0: [r]}, policy, replace(cfg, ablate="no_tool"))
+    assert not axpo.find_candidates({0: [r]}, policy, cfg)
     resample = axpo.resample(policy, [prefix], [TEXT], {}, Sampling(1.0, max_response_tokens=60), cfg)[0]
     assert all(c.ids[:start] == r.ids[:start] for c in resample.continuations) and not resample.rollout.calls
 
@@ -848,7 +850,7 @@ def test_a_page_shows_the_group_as_a_tree_and_escapes_what_the_policy_wrote(poli
     page = axpo.group_page(batch, policy, "a < b")
     assert page.count("<section") == 4 + 2 + 2 - 1 and page.count("</section>") == 7 and "a &lt; b" in page
     assert page.count("data:image/png;base64,") == 1 and "<script" not in page and "http" not in page
-    assert "prefix, recovered, advantage +1.50" in page and page.count("masked: it is in no stream") == 1
+    assert "prefix, recovered, advantage +1.50" in page and page.count("not trained on") == 1
     assert "<b>" not in page
 
 
@@ -3096,7 +3098,7 @@ def updates_by_hand(cfg, path):
     policy = axpo.load_policy("runs/hand/sft", cfg, trained=False)
     with axpo.gathered(policy):
         batch = axpo.axpo_batch(data.load("mine.jsonl")[:1], policy, cfg, 0)
-    found.append((axpo.batch_metrics(batch, 1.0), sum(map(len, axpo.everyones(batch.groups)))))
+    found.append((axpo.batch_metrics(batch, 1.0), sum(map(len, axpo.gather(batch.groups)))))
     path.mkdir(exist_ok=True)
     axpo.distil(policy, data.load("mine.jsonl"), cfg, path / "trajectories.jsonl")
     if axpo.is_first():
