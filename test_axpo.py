@@ -1121,7 +1121,7 @@ ODDITIES = {
     "swallowed": ("import time\nwhile True:\n  try: time.sleep(9)\n  except BaseException: pass", "killed after 1 s"),
     "endless C code": ("sum(range(10**15))", "Timeout: killed after 1 s"),
     "signals masked": ("import signal; signal.pthread_sigmask(0, range(1, 65))\nwhile True: pass", "killed after 1 s"),
-    "stopped by itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "killed after 1 s"),
+    "stopped by itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "(no output)"),
     "os._exit": ("import os; os._exit(0)", "died. The session was restarted: its variables are lost."),
     "segmentation fault": ("import ctypes; ctypes.string_at(0)", "died"), "input": ("input()", "EOFError"),
     "traceback": ("def f():\n  return 1 / 0\nf()", "line 2, in f\n    return 1 / 0\nZeroDivisionError"),
@@ -1149,6 +1149,10 @@ ODDITIES = {
     "exit with a text": ("import sys; sys.exit('no such egg')", "no such egg"), "torch": ("import torch; torch.zeros(1).cuda()", "Error"),
 }
 # fmt: on
+    "many mappings": ("import ctypes\nf = open('x', 'wb+'); f.write(bytes(9)); f.flush()\nfor _ in range(60000): "
+                      "ctypes.CDLL(None).mmap(None, *map(ctypes.c_long, (4096, 1, 1, f.fileno(), 0)))", "too many mappings"),
+    "a flood of replies": ("import os\nfor _ in range(9999): os.write(3, b'{\"id\": 1}')", "died"),
+    "an exit without a truth": ("import numpy; raise SystemExit(numpy.zeros(2))", "cannot be shown"),
 
 
 @pytest.fixture(scope="module")
@@ -1260,6 +1264,18 @@ def test_tool_python_stands_still_between_calls_and_comes_back_after_its_zygote_
         process.wait()
         assert "died" in tool_call(toolbox, code="x").text
         assert tool_call(toolbox, code="6 * 7").text == "42" and not os.path.exists(base)
+
+def test_tool_python_stands_still_between_calls_and_while_its_files_are_counted(tool_config, monkeypatch):
+    def look(session):
+        time.sleep(0.1)
+        states.append(Path(f"/proc/{session.pid}/stat").read_text().split()[2])
+
+    states = []
+    monkeypatch.setattr(tools._Session, "_check", look)
+    with Toolbox([], tool_config) as toolbox:
+        tool_call(toolbox, code="while True: pass", timeout=1)
+    assert len(states) > 2 and set(states) == {"T"}
+
 
 
 def test_sandbox_survives_a_fork_that_fails(tool_config):
