@@ -5,6 +5,7 @@ import base64
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import http.server
 import inspect
@@ -1077,6 +1078,12 @@ ATTACKS = {
     "prlimit of a session": ("seccomp", "ok(resource.prlimit(VICTIM, resource.RLIMIT_NOFILE))"),
     "raise a limit": ("rlimits capabilities", "resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40)); ok(1)"),
     "renice": ("seccomp", "os.setpriority(os.PRIO_PROCESS, VICTIM, 19); ok(1)"), "memory": ("rlimits", "import numpy; ok(len(numpy.empty(3 << 30, 'u1')))"),
+    "huge pages": ("", "m = mmap.mmap(-1, 1 << 26, flags=34); m.madvise(14); p = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+                   "faults = lambda: resource.getrusage(0).ru_minflt\n"
+                   "n = faults(); ctypes.memset(p, 1, 1 << 26); ok(faults() - n < (1 << 26) // mmap.PAGESIZE or None)"),
+    "pages in a pipe": ("seccomp", "ok(os.sendfile(os.pipe()[1], os.open('x', 66), 0, 9) + 1)"),
+    "epoll": ("seccomp", "import select; ok(select.epoll())"),
+    "dumps by a pipe": ("", f"ok(resource.getrlimit(4)[0] != {int(resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)} or None)"),
     "memory files": ("seccomp", "ok(os.memfd_create('x'))"), "shared segments": ("seccomp", "ok(libc.shmget(0, 1 << 20, 0o1600))"),
     "shared memory": ("seccomp", "ok(mmap.mmap(-1, 4096))"), "shared zeros": ("landlock", "ok(os.open('/dev/zero', os.O_RDONLY))"),
     "blocks behind the end": ("seccomp", "ok(libc.fallocate(os.open('x', 66), 1, *map(ctypes.c_long, (0, 1 << 20))))"),
@@ -1142,6 +1149,10 @@ ODDITIES = {
     "deleted files kept open": ("f = []\nfor i in range(10): f.append(open('x', 'wb')); f[-1].write(bytes(6 * 10**7)); "
                                 "__import__('os').remove('x')", "too many"),
     "removed files kept mapped": (MAPPED, "too many"),
+    "many mappings": ("import ctypes\nf = open('x', 'wb+'); f.write(bytes(9)); f.flush()\nfor _ in range(60000): "
+                      "ctypes.CDLL(None).mmap(None, *map(ctypes.c_long, (4096, 1, 1, f.fileno(), 0)))", "too many mappings"),
+    "a flood of replies": ("import os\nfor _ in range(9999): os.write(3, b'{\"id\": 1}')", "died"),
+    "an exit without a truth": ("import numpy; raise SystemExit(numpy.zeros(2))", "cannot be shown"),
     "a path too long": ("import os\nfor i in range(20): os.mkdir('d' * 250); os.chdir('d' * 250)", "File name too long"),
     "an empty picture": ("_ = __import__('PIL.Image').Image.new('L', (9, 9)); _.crop((0, 0, 9, 0))", "is empty"),
     "died behind a picture": ("import json; from PIL import Image\nImage.new('RGB', (9, 9), 'red').show(); print('kept')\n"
@@ -1149,10 +1160,6 @@ ODDITIES = {
     "exit with a text": ("import sys; sys.exit('no such egg')", "no such egg"), "torch": ("import torch; torch.zeros(1).cuda()", "Error"),
 }
 # fmt: on
-    "many mappings": ("import ctypes\nf = open('x', 'wb+'); f.write(bytes(9)); f.flush()\nfor _ in range(60000): "
-                      "ctypes.CDLL(None).mmap(None, *map(ctypes.c_long, (4096, 1, 1, f.fileno(), 0)))", "too many mappings"),
-    "a flood of replies": ("import os\nfor _ in range(9999): os.write(3, b'{\"id\": 1}')", "died"),
-    "an exit without a truth": ("import numpy; raise SystemExit(numpy.zeros(2))", "cannot be shown"),
 
 
 @pytest.fixture(scope="module")
@@ -1227,13 +1234,16 @@ def test_tool_state_images_and_figures_of_a_rollout(tool_config):
 
 
 def test_sandbox_allows_files_of_its_own_and_has_its_own_chance(tool_config):
-    code = """import numpy, os, random, shutil, tempfile
+    code = """import fcntl, numpy, os, random, shutil, sqlite3, tempfile
 f = tempfile.NamedTemporaryFile('w'); f.write('hi'); f.flush()
 os.makedirs('a/b'); shutil.copy2(f.name, 'a/b/c'); os.rename('a/b/c', 'd'); shutil.rmtree('a')
 m = numpy.memmap('m', mode='w+', shape=9); m[3] = 1; m.flush()
+f = sqlite3.connect('db'); f.execute('CREATE TABLE t (x)'); f.execute('BEGIN EXCLUSIVE'); fcntl.flock(open('d'), 2)
 print(open('d').read(), sum(m), random.random(), numpy.random.rand())"""
     with Toolbox([], tool_config) as one, Toolbox([], tool_config) as two:
         seen = [tool_call(toolbox, code=code).text.split() for toolbox in (one, two)]
+        with open(f"{one._session.folder}/work/db", "rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the session holds no lock, which takes memory of the kernel
         assert seen[0][:2] == seen[1][:2] == ["hi", "1"] and not set(seen[0][2:]) & set(seen[1][2:])
 
 
@@ -1251,6 +1261,18 @@ def test_sandbox_leaves_nothing_after_close_however_deep_and_closed(tool_config)
         assert not os.path.exists(session.folder) and not tool_alive(session.pid)
 
 
+def test_tool_python_stands_still_between_calls_and_while_its_files_are_counted(tool_config, monkeypatch):
+    def look(session):
+        time.sleep(0.1)
+        states.append(Path(f"/proc/{session.pid}/stat").read_text().split()[2])
+
+    states = []
+    monkeypatch.setattr(tools._Session, "_check", look)
+    with Toolbox([], tool_config) as toolbox:
+        tool_call(toolbox, code="while True: pass", timeout=1)
+    assert len(states) > 2 and set(states) == {"T"}
+
+
 def test_tool_python_stands_still_between_calls_and_comes_back_after_its_zygote_was_killed(tool_config):
     code = "import os; os.read = lambda *_: sum(range(10**12))"  # with which the session waits for the next call
     with Toolbox([], tool_config) as toolbox:
@@ -1264,18 +1286,6 @@ def test_tool_python_stands_still_between_calls_and_comes_back_after_its_zygote_
         process.wait()
         assert "died" in tool_call(toolbox, code="x").text
         assert tool_call(toolbox, code="6 * 7").text == "42" and not os.path.exists(base)
-
-def test_tool_python_stands_still_between_calls_and_while_its_files_are_counted(tool_config, monkeypatch):
-    def look(session):
-        time.sleep(0.1)
-        states.append(Path(f"/proc/{session.pid}/stat").read_text().split()[2])
-
-    states = []
-    monkeypatch.setattr(tools._Session, "_check", look)
-    with Toolbox([], tool_config) as toolbox:
-        tool_call(toolbox, code="while True: pass", timeout=1)
-    assert len(states) > 2 and set(states) == {"T"}
-
 
 
 def test_sandbox_survives_a_fork_that_fails(tool_config):
