@@ -11,7 +11,7 @@ with the default profile and as a plain user, on Linux from 5.13 (x86-64, aarch6
   the system and of Python, writes its own folder), sockets, devices and GPUs, the trainer's memory and environment,
   other sessions, CPU time, memory, open files, size of output. Nothing survives the trainer.
 - Soft, looked at four times a second while the session stands still: its bytes on the disk, files and mappings.
-- Not covered: bugs of the kernel, side channels; stat() and links of any path; a session's page tables (0.5 GB), the
+- Not covered: bugs of the kernel, side channels; stat() and links of any path; a session's page tables (0.2 GB), the
   memory of all sessions together (use the container's limit); a session that breaks or lies about its own results.
 - Broken on purpose: threads, subprocess, multiprocessing, asyncio.run, epoll, shared anonymous memory, pip.
 """
@@ -362,7 +362,7 @@ def _ask_tavily(body: bytes) -> list[Sequence[str]]:
 LOCKS = ["rlimits", "capabilities", "landlock", "seccomp"]  # the tests switch some of them off
 _GRACE = 2.0  # seconds between asking the code to stop and killing the session
 _FILE_BYTES, _MOST_BYTES, _MOST_FILES = 2**26, 2**28, 1000  # of one file, and of all that a session holds
-_MAPS_BYTES = 2**22  # of the list of a session's mappings: 30000 lines
+_MAPS_BYTES = 2**20  # of the list of its mappings: ten thousand, each of which may cost 8 KB of page tables
 _slots = threading.BoundedSemaphore(2 * len(os.sched_getaffinity(0)))  # calls that may run at once
 
 
