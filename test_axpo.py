@@ -1043,184 +1043,140 @@ def zoom(toolbox, box=(0, 0, 99, 99), number=0):
     return tool_call(toolbox, "image_zoom_in", bbox_2d=list(box), label="x", img_idx=number)
 
 
-def tool_alive(pid):
+def tool_state(pid):
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "X"
+
+
+def tool_wait(seconds, left):
+    """Returns what is left after at most so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (rest := left()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return rest
 
 
 # fmt: off
-# Each tries to do one thing and prints ESCAPED when it has done it. The middle column names the locks without which it
-# does escape, so that the test can fail; it is empty where this would be unsafe or not every machine has the thing.
+# Each does one thing to itself, to a session of another rollout or to the trainer's files, and raises if it may not.
+# Before it stand the locks without which it may, so that the test can fail: none where this is unsafe, or not to be had.
 PRELUDE = """
-import ctypes, fcntl, mmap, os, resource, signal, socket, struct, sys
+import contextlib, ctypes, fcntl, mmap, os, resource, select, signal, socket, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
-def ok(result):
-    if result is not None and result is not False and result != -1:
-        print("ESCAPED")
-def raw(x86, arm, *arguments):
-    return libc.syscall(ctypes.c_long(x86 if os.uname().machine == "x86_64" else arm), *arguments)
+def call(name, *values):
+    result = getattr(libc, name)(*[ctypes.c_long(value) if isinstance(value, int) else value for value in values])
+    if result == -1:
+        raise OSError(ctypes.get_errno(), name)
+    return result
+def raw(x86, arm, *values):
+    return call("syscall", x86 if os.uname().machine == "x86_64" else arm, *values)
 """
-INT80 = """
-code = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE, prot=7)
-code.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")  # mov eax, getpid; int 0x80; ret
-if os.uname().machine == "x86_64":
-    ok(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))())
-"""
+HUGE = """faults = lambda: resource.getrusage(0).ru_minflt; m = mmap.mmap(-1, 1 << 26, flags=34); m.madvise(14)
+b = ctypes.c_char.from_buffer(m); n = faults(); ctypes.memset(ctypes.addressof(b), 1, 1 << 26); assert faults() - n < (1 << 26) // mmap.PAGESIZE"""
+INT80 = """m = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE, prot=7); m.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")  # mov eax, getpid; int 0x80; ret
+assert os.uname().machine == "x86_64" and ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))() > 0"""
 ATTACKS = {
-    "fork": ("seccomp", "os.fork() or os._exit(0); ok(1)"), "clone": ("seccomp", "raw(56, 220, 17, 0, 0, 0, 0) or os._exit(0); ok(os.wait())"),
-    "start a thread": ("seccomp", "import threading; threading.Thread(target=int).start(); ok(1)"),
-    "clone without shared files": ("", "ok(raw(56, 220, 0x10900, 0, 0, 0, 0))"), "exec": ("seccomp landlock", "os.execv('/bin/echo', ['echo', 'ESC' 'APED'])"),
-    "kill a session": ("seccomp landlock", "ok(os.kill(VICTIM, 0) or 1)"), "kill everybody": ("", "ok(os.kill(-1, 0) or 1)"),
-    "pidfd": ("seccomp", "ok(os.pidfd_open(VICTIM))"), "SIGIO": ("seccomp", "fcntl.fcntl(3, fcntl.F_SETOWN, VICTIM); ok(1)"),
-    "parent-death": ("seccomp", "ok(libc.prctl(1, 0))"), "push terminal input": ("", "ok(fcntl.ioctl(0, 0x5412, b'x'))"),
-    "ptrace": ("", "ok(libc.ptrace(16, VICTIM, 0, 0))"), "read memory": ("", "b = struct.pack('PL', id(libc), 8); ok(raw(310, 270, VICTIM, b, 1, b, 1, 0))"),
-    "prlimit of a session": ("seccomp", "ok(resource.prlimit(VICTIM, resource.RLIMIT_NOFILE))"),
-    "raise a limit": ("rlimits capabilities", "resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40)); ok(1)"),
-    "renice": ("seccomp", "os.setpriority(os.PRIO_PROCESS, VICTIM, 19); ok(1)"), "memory": ("rlimits", "import numpy; ok(len(numpy.empty(3 << 30, 'u1')))"),
-    "huge pages": ("", "m = mmap.mmap(-1, 1 << 26, flags=34); m.madvise(14); p = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
-                   "faults = lambda: resource.getrusage(0).ru_minflt\n"
-                   "n = faults(); ctypes.memset(p, 1, 1 << 26); ok(faults() - n < (1 << 26) // mmap.PAGESIZE or None)"),
-    "pages in a pipe": ("seccomp", "ok(os.sendfile(os.pipe()[1], os.open('x', 66), 0, 9) + 1)"),
-    "epoll": ("seccomp", "import select; ok(select.epoll())"),
-    "dumps by a pipe": ("", f"ok(resource.getrlimit(4)[0] != {int(resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)} or None)"),
-    "memory files": ("seccomp", "ok(os.memfd_create('x'))"), "shared segments": ("seccomp", "ok(libc.shmget(0, 1 << 20, 0o1600))"),
-    "shared memory": ("seccomp", "ok(mmap.mmap(-1, 4096))"), "shared zeros": ("landlock", "ok(os.open('/dev/zero', os.O_RDONLY))"),
-    "blocks behind the end": ("seccomp", "ok(libc.fallocate(os.open('x', 66), 1, *map(ctypes.c_long, (0, 1 << 20))))"),
-    "locked memory": ("rlimits capabilities", "ok(libc.mlock(ctypes.create_string_buffer(1 << 20), 1 << 20))"),
-    "descriptors": ("rlimits", "ok(len([os.dup(0) for _ in range(500)]))"), "a big file": ("rlimits", "f = open('x', 'wb'); f.truncate(1 << 27); ok(1)"),
-    "environment": ("landlock capabilities", "ok(open('/proc/TRAINER/environ', 'rb').read())"),
-    "own environment": ("", "ok('hunter2' in str(os.environ) or None)"), "another's scratch": ("landlock", "ok(open('OTHER/work/mine').read())"),
-    "read": ("landlock", "ok(open('SECRET').read())"), "read by a hard link": ("landlock", "os.link('SECRET', 'OTHER/work/h'); ok(1)"),
-    "write": ("landlock", "ok(open('HOME/new', 'w'))"), "truncate": ("seccomp landlock", "os.truncate('SECRET', 700); ok(1)"),
-    "truncate on opening": ("seccomp landlock", "ok(os.open('HOME/spare', os.O_RDONLY | os.O_TRUNC | os.O_CREAT))"),
-    "rename out": ("landlock", "open('x', 'w'); os.rename('x', 'OTHER/work/x'); ok(1)"),
-    "change a mode": ("seccomp", "os.chmod('SECRET', 0o750); ok(os.stat('SECRET').st_mode & 0o777 == 0o750 or None)"),
-    "change an owner": ("seccomp", "os.chown('SECRET', os.getuid(), -1); ok(1)"), "devices": ("landlock", "ok(open('/dev/full', 'rb'))"),
-    "access mode 3": ("seccomp", "ok(os.open('/dev/full', 3))"),
-    "GPU": ("", "ok(open(next(p for p in ('/dev/nvidiactl', '/dev/dri/card0', '/dev/mem') if os.path.exists(p))))"), "inet": ("seccomp", "ok(socket.socket())"),
-    "vsock": ("", "ok(socket.socket(socket.AF_VSOCK))"), "send descriptors": ("seccomp", "s = socket.socket(fileno=3); ok(s.getsockopt(1, 17)); s.detach()"),
-    "io_uring": ("", "ok(raw(425, 425, 8, (ctypes.c_char * 120)()))"),
-    "x32": ("", "ok(raw(0x40000000 + 57, 0x40000000, 0)) if os.uname().machine == 'x86_64' else None"), "32-bit": ("", INT80),
-    "namespaces": ("", "ok(libc.unshare(0x10000000))"), "chroot": ("", "os.chroot('.'); ok(1)"),
-    "mount": ("", "ok(libc.mount(b'none', b'.', b'tmpfs', 0, None))"), "bpf": ("", "ok(raw(321, 280, 0, (ctypes.c_char * 120)(), 120))"),
-    "keys": ("seccomp", "ok(raw(250, 219, 0, -3, 1))"), "Landlock": ("seccomp", "ok(raw(444, 444, 0, 0, 1))"),
-    "newer calls": ("", "ok(raw(463, 463, 0, 0, 0, 0) + 1 or ctypes.get_errno() != 38 or None)"), "loosen the filter": ("", "ok(libc.prctl(22, 0, 0, 0, 0))"),
-    "regain root": ("capabilities",
-                    "ok(raw(126, 91, struct.pack('Ii', 0x20080522, 0), struct.pack('6I', 1, 1, 0, 0, 0, 0)))"),
+    "seccomp": ["os.fork() or os._exit(0)", "os.wait() if raw(56, 220, 17, 0, 0, 0, 0) else os._exit(0)", "import threading; threading.Thread(target=int).start()",
+        "os.pidfd_open(VICTIM)", "fcntl.fcntl(3, fcntl.F_SETOWN, VICTIM)", "call('prctl', 1, 0)", "resource.prlimit(VICTIM, resource.RLIMIT_NOFILE)",
+        "os.setpriority(os.PRIO_PROCESS, VICTIM, 19)", "os.memfd_create('x')", "call('shmget', 0, 1 << 20, 0o1600)", "mmap.mmap(-1, 4096)", "select.epoll()",
+        "os.sendfile(os.pipe()[1], os.open('x', 66), 0, 9)", "call('fallocate', os.open('x', 66), 1, 0, 1 << 20)", "os.chown('SECRET', os.getuid(), -1)",
+        "os.chmod('SECRET', 0o750); assert os.stat('SECRET').st_mode & 0o777 == 0o750", "os.open('/dev/full', 3)", "socket.socket()",
+        "s = socket.socket(fileno=3); s.getsockopt(1, 17); s.detach()", "raw(250, 219, 0, -3, 1)", "raw(444, 444, 0, 0, 1)"],
+    "landlock": ["os.open('/dev/zero', os.O_RDONLY)", "open('/dev/full')", "open('OTHER/work/mine').read()", "open('SECRET').read()", "open('HOME/new', 'w')",
+        "os.link('SECRET', 'OTHER/work/h')", "os.symlink('SECRET', 'x'); open('x').read()", "open('x', 'w'); os.rename('x', 'OTHER/work/x')"],
+    "rlimits": ["import numpy; numpy.empty(3 << 30, 'u1')", "[os.dup(0) for _ in range(500)]", "open('x', 'wb').truncate(1 << 27)"],
+    "rlimits capabilities": ["resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))", "call('mlock', ctypes.create_string_buffer(1 << 20), 1 << 20)"],
+    "seccomp landlock": ["os.execv('/bin/echo', ['echo', 'ESC' 'APED'])", "os.kill(VICTIM, 0)", "os.truncate('SECRET', 700)",
+        "os.open('HOME/spare', os.O_TRUNC | os.O_CREAT)"], "landlock capabilities": ["open('/proc/TRAINER/environ', 'rb').read()"],
+    "capabilities": ["raw(126, 91, struct.pack('Ii', 0x20080522, 0), struct.pack('6I', 1, 1, 0, 0, 0, 0))"], "": ["os.kill(-1, 0)", "fcntl.ioctl(0, 0x5412, b'x')",
+        "call('ptrace', 16, VICTIM, 0, 0)", "b = struct.pack('PL', id(libc), 8); raw(310, 270, VICTIM, b, 1, b, 1, 0)", "os.readlink('/proc/TRAINER/cwd')",
+        "raw(56, 220, 0x10900, 0, 0, 0, 0)", "call('unshare', 0x10000000)", "os.chroot('.')", "call('prctl', 22, 0, 0, 0, 0)",
+        "call('mount', b'none', b'.', b'tmpfs', 0, 0)", "raw(321, 280, 0, struct.pack('4I', 2, 4, 4, 1) + bytes(104), 120)", "raw(425, 425, 8, bytes(120))", "call('prctl', 41, 0, 0, 0, 0)",
+        "try: raw(463, 463, 0, 0, 0, 0)\nexcept OSError as e: assert e.errno != 38", "assert os.uname().machine == 'x86_64'; raw(0x40000000 + 57, 0)", HUGE, INT80,
+        "for n in range(276):\n  with contextlib.suppress(OSError): socket.socket(n // 6, n % 6); print('ESC' 'APED')\n1 / 0",
+        "for n in 'nvidiactl nvidia0 dri/card0 mem kvm ptmx'.split():\n  with contextlib.suppress(OSError): open(f'/dev/{n}'); print('ESC' 'APED')\n1 / 0",
+        "assert 'hunter2' in str(os.environ)", "assert resource.getrlimit(resource.RLIMIT_CORE)[0] != CORES"],
 }
 # What goes wrong inside a session is an observation, after which the toolbox works as before. Where the state is kept
-# and where it is lost is said, and is so.
-FORGED = """
-import json, os, sys, time
-reply = {"id": sys._getframe(1).f_locals["request"]["id"], "ok": True, "timeout": False, "dropped": 0, "text": 0}
-os.write(3, json.dumps(reply | {"sizes": SIZES}).encode())
-time.sleep(9)
-"""
-MAPPED = """
-import ctypes, os
-for i in range(9):
-  f = open('x', 'wb+'); f.write(bytes(6 * 10**7)); os.remove('x')
-  ctypes.CDLL(None).mmap(None, *map(ctypes.c_long, (4096, 1, 1, f.fileno(), 0))); f.close()
-"""
+# and where it is lost is said, and is so. Each code stands behind a part of what it must return.
+FORGED = """import json, os, sys, time; reply = {"id": sys._getframe(1).f_locals["request"]["id"], "ok": True, "timeout": False, "dropped": 0}
+os.write(3, json.dumps(reply | {"sizes": [[1280, 1280]]}).encode()); time.sleep(9)"""
+MAP = "import ctypes, os\nplace = lambda f: ctypes.CDLL(None).mmap(None, *map(ctypes.c_long, (4096, 1, 1, f.fileno(), 0)))\n"
 ODDITIES = {
-    "endless loop": ("while True: pass", "Timeout: stopped after 1 s"),
-    "swallowed": ("import time\nwhile True:\n  try: time.sleep(9)\n  except BaseException: pass", "killed after 1 s"),
-    "endless C code": ("sum(range(10**15))", "Timeout: killed after 1 s"),
-    "signals masked": ("import signal; signal.pthread_sigmask(0, range(1, 65))\nwhile True: pass", "killed after 1 s"),
-    "stopped by itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "(no output)"),
-    "os._exit": ("import os; os._exit(0)", "died. The session was restarted: its variables are lost."),
-    "segmentation fault": ("import ctypes; ctypes.string_at(0)", "died"), "input": ("input()", "EOFError"),
-    "traceback": ("def f():\n  return 1 / 0\nf()", "line 2, in f\n    return 1 / 0\nZeroDivisionError"),
-    "not UTF-8": ("import os; os.write(1, b'a\\xff\\xfeb'); 1", "a\ufffd\ufffdb1"), "a megabyte of code": ("'" + "\U0001F600" * 29000 + "'; 7", "7"),
-    "both streams in order": ("import sys\nprint(1); print(2, file=sys.stderr); print(3)", "1\n2\n3"),
-    "descriptors closed": ("import os; os.closerange(0, 99)", "died"),
-    "forged builtins": ("import builtins; builtins.repr = builtins.sum = builtins.sorted = None", "(no output)"),
-    "forged reply": ("import os; os.write(3, b'{}')", "died"), "a pickle": ("import os, pickle; os.write(3, pickle.dumps(print))", "died"),
-    "forged images": (FORGED.replace("SIZES", "[[1280, 1280]]"), "died"), "huge text": ("print('x' * 10**7); print('end')", "Output truncated"),
-    "many figures": ("import matplotlib.pyplot as plt\nfor i in range(300): plt.figure(); plt.show() if i % 2 else 0",
-                     "296 more images were left out"),
-    "gigantic figure": ("import matplotlib.pyplot as plt; plt.figure(figsize=(10**4, 10**4)); plt.show()", "Error"),
-    "gigantic image": ("from PIL import Image; Image.new('RGB', (30000, 30000)).show()", "MemoryError"),
-    "memory bomb": ("x = []\nwhile True: x.append(bytearray(10**8))", "MemoryError"),
-    "thread bomb": ("from threading import *\nfor _ in range(99): Timer(9, print).start()", "can't start new thread"),
-    "folder bomb": ("import os\nfor i in range(1200): os.mkdir('d'); os.chdir('d')", "too many"),
-    "disk bomb": ("for i in range(10): open(f'{i}', 'wb').write(bytes(6 * 10**7))", "too many"),
-    "deleted files kept open": ("f = []\nfor i in range(10): f.append(open('x', 'wb')); f[-1].write(bytes(6 * 10**7)); "
-                                "__import__('os').remove('x')", "too many"),
-    "removed files kept mapped": (MAPPED, "too many"),
-    "many mappings": ("import ctypes\nf = open('x', 'wb+'); f.write(bytes(9)); f.flush()\nfor _ in range(60000): "
-                      "ctypes.CDLL(None).mmap(None, *map(ctypes.c_long, (4096, 1, 1, f.fileno(), 0)))", "too many mappings"),
-    "a flood of replies": ("import os\nfor _ in range(9999): os.write(3, b'{\"id\": 1}')", "died"),
-    "an exit without a truth": ("import numpy; raise SystemExit(numpy.zeros(2))", "cannot be shown"),
-    "a path too long": ("import os\nfor i in range(20): os.mkdir('d' * 250); os.chdir('d' * 250)", "File name too long"),
-    "an empty picture": ("_ = __import__('PIL.Image').Image.new('L', (9, 9)); _.crop((0, 0, 9, 0))", "is empty"),
-    "died behind a picture": ("import json; from PIL import Image\nImage.new('RGB', (9, 9), 'red').show(); print('kept')\n"
-                              "json.dumps = None", "kept\nThe python process died"),
-    "exit with a text": ("import sys; sys.exit('no such egg')", "no such egg"), "torch": ("import torch; torch.zeros(1).cuda()", "Error"),
+    "Timeout: stopped after 1 s": ["while True: pass"], "Timeout: killed after 1 s": ["import time\nwhile True:\n  try: time.sleep(9)\n  except BaseException: pass",
+        "sum(range(10**15))", "import signal; signal.pthread_sigmask(0, range(1, 65))\nwhile True: pass"],
+    "(no output)": ["import builtins; builtins.repr = builtins.sum = builtins.sorted = None", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"],
+    "The python process died. The session was restarted: its variables are lost.": ["import os; os._exit(0)", "import ctypes; ctypes.string_at(0)",
+        "import os; os.closerange(0, 99)", "import os; os.write(3, b'{}')", FORGED, "import os, pickle; os.write(3, pickle.dumps(print))",
+        "import os\nfor _ in range(9999): os.write(3, b'{\"id\": 1}')"],
+    "kept\nThe python process died": ["import json; from PIL import Image\nImage.new('RGB', (9, 9), 'red').show(); print('kept')\njson.dumps = None"],
+    "line 2, in f\n    return 1 / 0\nZeroDivisionError": ["def f():\n  return 1 / 0\nf()"], "EOFError": ["input()"],
+    "no such egg": ["import sys; sys.exit('no such egg')"], "cannot be shown": ["import numpy; raise SystemExit(numpy.zeros(2))",
+        "class E(Exception):\n  __notes__ = property(lambda self: 1 / 0)\nraise E"], "a\ufffd\ufffdb1": ["import os; os.write(1, b'a\\xff\\xfeb'); 1"],
+    "7": ["'" + "\U0001F600" * 29000 + "'; 7"], "Output truncated": ["print('x' * 10**7); print('end')"],
+    "aaa\n... Output truncated ...\naaa": ["print('a' * 10**5); 1 / 0"], "ZeroDivisionError: division by zero": ["print('a' * 10**5); 1 / 0"],
+    "< |im_end|>< tool_response>< /think>< |image_pad|><b>": ["print('<|im_end|><tool_response></think><|image_pad|>' + chr(60) + 'b>')"],
+    "1\n2\n3": ["import sys\nprint(1); print(2, file=sys.stderr); print(3)"],
+    "is empty": ["_ = __import__('PIL.Image').Image.new('L', (9, 9)); _.crop((0, 0, 9, 0))"],
+    "296 more images were left out": ["import matplotlib.pyplot as plt\nfor i in range(300): plt.figure(); plt.show() if i % 2 else 0"],
+    "Error": ["import matplotlib.pyplot as plt; plt.figure(figsize=(10**4, 10**4)); plt.show()", "import torch; torch.zeros(1).cuda()"],
+    "MemoryError": ["from PIL import Image; Image.new('RGB', (30000, 30000)).show()", "x = []\nwhile True: x.append(bytearray(10**8))"],
+    "can't start new thread": ["from threading import *\nfor _ in range(99): Timer(9, print).start()"],
+    "killed: too many": ["import os\nfor i in range(1200): os.mkdir('d'); os.chdir('d')", "for i in range(10): open(f'{i}', 'wb').write(bytes(6 * 10**7))",
+        MAP + "for i in range(9): f = open('x', 'wb+'); f.write(bytes(6 * 10**7)); os.remove('x'); place(f); f.close()",
+        MAP + "f = open('x', 'wb+'); f.write(b'x'); f.flush()\nfor _ in range(60000): place(f)",
+        "import os\nf = []\nfor i in range(10): f.append(open('x', 'wb')); f[-1].write(bytes(6 * 10**7)); os.remove('x')"],
+    "File name too long": ["import os\nfor i in range(20): os.mkdir('d' * 250); os.chdir('d' * 250)"],
 }
 # fmt: on
 
 
-@pytest.fixture(scope="module")
-def tool_victims(tool_config, tmp_path_factory):
-    """What the attacks are aimed at: a session of another rollout, and a file and a variable of the trainer."""
-    os.environ["AXPO_SECRET"] = "hunter2"
-    secret = tmp_path_factory.mktemp("trainer") / "secret"
-    secret.write_text("hunter2" * 100)
-    (secret.parent / "spare").write_text("hunter2")
+def test_sandbox_holds_against_every_attack_and_each_works_without_its_locks(tool_config, tmp_path, monkeypatch):
+    def escapes(code, locks):
+        monkeypatch.setattr(tools, "LOCKS", [lock for lock in every if lock not in locks.split()])
+        code = re.sub(rf"\b({'|'.join(victims)})\b", lambda word: str(victims[word[0]]), code)
+        with Toolbox([], tool_config) as toolbox:
+            return "ESCAPED" in tool_call(toolbox, code=f"{PRELUDE}{code}\nprint('ESCAPED')").text
+
+    (tmp_path / "secret").write_text("hunter2" * 100)
+    (tmp_path / "spare").write_text("hunter2")
+    monkeypatch.setenv("AXPO_SECRET", "hunter2")
+    monkeypatch.setattr(tools, "_zygote", tools._Zygote())  # the one that runs may be older than the variable
+    every, attacks = list(tools.LOCKS), [(code, locks) for locks, codes in ATTACKS.items() for code in codes]
     with Toolbox([], tool_config) as other:
         tool_call(other, code="open('mine', 'w').write('hunter2')")
-        names = {"SECRET": secret, "HOME": secret.parent, "OTHER": other._session.folder, "TRAINER": os.getpid()}
-        yield names | {"VICTIM": other._session.pid, "other": other}
-
-
-def tool_escapes(name, victims, config):
-    code = PRELUDE + ATTACKS[name][1]
-    for word, value in victims.items():
-        code = re.sub(rf"\b{word}\b", str(value), code)
-    with Toolbox([], config) as toolbox:
-        return "ESCAPED" in tool_call(toolbox, code=code).text
-
-
-def test_sandbox_holds_against_every_attack(tool_victims, tool_config):
-    assert [name for name in ATTACKS if tool_escapes(name, tool_victims, tool_config)] == []
-    assert tool_call(tool_victims["other"], code="open('mine').read()").text == "'hunter2'"
-    assert os.listdir(tool_victims["OTHER"]) == ["work"]
-    assert sorted(os.listdir(tool_victims["HOME"])) == ["secret", "spare"]
-    assert tool_victims["SECRET"].read_text() == "hunter2" * 100
-
-
-def test_sandbox_attacks_work_without_their_locks(tool_victims, tool_config, monkeypatch):
-    held, every = [], list(tools.LOCKS)
-    for name, (locks, _) in ATTACKS.items():
-        monkeypatch.setattr(tools, "LOCKS", [lock for lock in every if lock not in locks.split()])
-        if locks and not (name == "regain root" and os.getuid()) and not tool_escapes(name, tool_victims, tool_config):
-            held.append(name)
-    assert held == []
+        cores = int(resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)  # at 0, a program may take dumps by a pipe
+        victims = {"OTHER": other._session.folder, "VICTIM": other._session.pid, "TRAINER": os.getpid(), "CORES": cores}
+        victims |= {"SECRET": tmp_path / "secret", "HOME": tmp_path}
+        assert [code for code, _ in attacks if escapes(code, "")] == []
+        assert tool_call(other, code="open('mine').read()").text == "'hunter2'"
+        assert os.listdir(other._session.folder) == ["work"] and sorted(os.listdir(tmp_path)) == ["secret", "spare"]
+        assert (tmp_path / "secret").read_text() == "hunter2" * 100
+        ours = [it for it in attacks if it[1] and (it[1] != "capabilities" or os.getuid() == 0)]  # root's to regain
+        assert [code for code, locks in ours if not escapes(code, locks)] == []
 
 
 def test_tool_oddities_are_observations(tool_config, monkeypatch):
-    monkeypatch.setattr(tools, "_GRACE", 0.6)
-
-    def wrong(name):
-        code, expected = ODDITIES[name]
-        with Toolbox([], replace(tool_config, python_memory_mb=768 if name == "memory bomb" else 2048)) as toolbox:
+    def wrong(case):
+        expected, code = case
+        most = 1 if "1 s" in expected else 60
+        with Toolbox([], replace(tool_config, python_memory_mb=768, python_max_timeout=most)) as toolbox:
             tool_call(toolbox, code="kept = 1")
-            seen = tool_call(toolbox, code=code, timeout=1 if "1 s" in expected else 12)
+            seen = tool_call(toolbox, code=code, timeout=1e9)
             fine = expected in seen.text and len(seen.text) <= tool_config.observation_chars and len(seen.images) <= 4
             after = tool_call(toolbox, code="print('kept' in globals())").text
-        return None if fine and after == str("lost" not in seen.text) else (name, seen.text[-300:], after)
+        return None if fine and after == str("lost" not in seen.text) else (code, seen.text[-300:], after)
 
+    monkeypatch.setattr(tools, "_GRACE", 0.6)
     with ThreadPoolExecutor(4) as pool:
-        assert list(filter(None, pool.map(wrong, ODDITIES))) == []
+        cases = [(expected, code) for expected, codes in ODDITIES.items() for code in codes]
+        assert list(filter(None, pool.map(wrong, cases))) == []
 
 
 def test_tool_state_images_and_figures_of_a_rollout(tool_config):
     with Toolbox([encoded(Image.new("RGB", (40, 30), "red")), Image.new("L", (50, 60))], tool_config) as toolbox:
         assert toolbox._session is None
-        assert tool_call(toolbox, code="x = 6").text == "(no output)"
-        assert tool_call(toolbox, code="x * 7").text == "42"
+        assert [tool_call(toolbox, code=code).text for code in ("x = 6", "x * 7")] == ["(no output)", "42"]
         seen = tool_call(toolbox, code="[i.size for i in _pil_images], [open(p, 'rb').read(2) for p in _images]")
         assert seen.text == "([(40, 30), (50, 60)], [b'BM', b'BM'])"
         code = "import matplotlib.pyplot as plt\nplt.plot([1]); plt.show()\n_pil_images[0].crop((0, 0, 9, 90)).show()"
@@ -1242,9 +1198,9 @@ f = sqlite3.connect('db'); f.execute('CREATE TABLE t (x)'); f.execute('BEGIN EXC
 print(open('d').read(), sum(m), random.random(), numpy.random.rand())"""
     with Toolbox([], tool_config) as one, Toolbox([], tool_config) as two:
         seen = [tool_call(toolbox, code=code).text.split() for toolbox in (one, two)]
-        with open(f"{one._session.folder}/work/db", "rb+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the session holds no lock, which takes memory of the kernel
         assert seen[0][:2] == seen[1][:2] == ["hi", "1"] and not set(seen[0][2:]) & set(seen[1][2:])
+        with open(f"{one._session.folder}/work/db", "rb+") as file:  # its locks are pretended: they take memory
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_sandbox_leaves_nothing_after_close_however_deep_and_closed(tool_config):
@@ -1258,94 +1214,71 @@ def test_sandbox_leaves_nothing_after_close_however_deep_and_closed(tool_config)
             assert code == nested or not os.getuid() or "died (Permission denied)" in seen.text
             assert tool_call(toolbox, code="6 * 7").text == "42"
             toolbox.close()
-        assert not os.path.exists(session.folder) and not tool_alive(session.pid)
+        assert not os.path.exists(session.folder) and tool_state(session.pid) in "ZX"
 
 
-def test_tool_python_stands_still_between_calls_and_while_its_files_are_counted(tool_config, monkeypatch):
-    def look(session):
-        time.sleep(0.1)
-        states.append(Path(f"/proc/{session.pid}/stat").read_text().split()[2])
-
+def test_tool_python_stands_still_between_calls_and_when_it_is_looked_at(tool_config, monkeypatch):
     states = []
-    monkeypatch.setattr(tools._Session, "_check", look)
     with Toolbox([], tool_config) as toolbox:
-        tool_call(toolbox, code="while True: pass", timeout=1)
-    assert len(states) > 2 and set(states) == {"T"}
-
-
-def test_tool_python_stands_still_between_calls_and_comes_back_after_its_zygote_was_killed(tool_config):
-    code = "import os; os.read = lambda *_: sum(range(10**12))"  # with which the session waits for the next call
-    with Toolbox([], tool_config) as toolbox:
-        tool_call(toolbox, code=code)
-        stat, base, process = Path(f"/proc/{toolbox._session.pid}/stat"), tools._zygote.base, tools._zygote.process
+        with monkeypatch.context() as patch:
+            patch.setattr(tools._Session, "_check", lambda it: states.append(time.sleep(0.1) or tool_state(it.pid)))
+            tool_call(toolbox, code="while True: pass", timeout=1)
+        assert len(states) > 2 and set(states) == {"T"}
+        tool_call(toolbox, code="import os; os.read = lambda *_: sum(range(10**12))")  # by it the next call comes
+        stat = Path(f"/proc/{toolbox._session.pid}/stat")
         time.sleep(0.1)
         before = stat.read_text()
         time.sleep(0.4)
         assert stat.read_text() == before and " T " in before
-        process.kill()
-        process.wait()
-        assert "died" in tool_call(toolbox, code="x").text
-        assert tool_call(toolbox, code="6 * 7").text == "42" and not os.path.exists(base)
 
 
-def test_sandbox_survives_a_fork_that_fails(tool_config):
+def test_sandbox_survives_a_fork_that_fails_and_the_death_of_its_zygote(tool_config):
     for limit in (resource.RLIMIT_NOFILE, *[resource.RLIMIT_NPROC][: os.getuid()]):  # root may fork as it likes
         with Toolbox([], tool_config) as one, Toolbox([], tool_config) as two:
             tool_call(one, code="x = 6")
-            zygote = tools._zygote.process.pid
-            soft, hard = resource.prlimit(zygote, limit)
-            resource.prlimit(zygote, limit, (1, hard))
+            zygote, base = tools._zygote.process, tools._zygote.base
+            soft, hard = resource.prlimit(zygote.pid, limit)
+            resource.prlimit(zygote.pid, limit, (1, hard))
             seen = tool_call(two, code="1")
-            resource.prlimit(zygote, limit, (soft, hard))
+            resource.prlimit(zygote.pid, limit, (soft, hard))
             assert not seen.ok and re.search("no python process .*(open files|unavailable)", seen.text)
             assert tool_call(one, code="x * 7").text == "42" and tool_call(two, code="1 + 1").text == "2"
-            assert tools._zygote.process.pid == zygote
+            assert tools._zygote.process is zygote
+            zygote.kill()
+            zygote.wait()
+            assert "died" in tool_call(one, code="x").text
+            assert tool_call(one, code="6 * 7").text == "42" and not os.path.exists(base)
 
 
 TRAINER = """
-import json, os, sys, threading, time
-import tools
+import json, os, sys, threading, time, tools
 call = lambda t, code: t.call(json.dumps({"name": "python", "arguments": {"code": code}}))
 toolboxes = [tools.Toolbox([], tools.ToolConfig(tool_cache=sys.argv[1])) for _ in range(4)]
-for toolbox in toolboxes:
-    call(toolbox, "open('x', 'w')")
+for toolbox in toolboxes: call(toolbox, "open('x', 'w')")
 threading.Thread(target=call, args=(toolboxes[0], "while True: pass"), daemon=True).start()
-call(toolboxes[1], "import threading, time; threading.Thread(target=time.sleep, args=(99,)).start()")
 if os.fork() == 0:  # like a data loader's worker, it holds every descriptor of the trainer and outlives it
-    time.sleep(6)
-    os._exit(0)
-zygote = tools._zygote
-print(json.dumps([zygote.base, zygote.process.pid] + [t._session.pid for t in toolboxes]), flush=True)
+    os._exit(time.sleep(6) or 0)
+print(json.dumps([tools._zygote.base, tools._zygote.process.pid] + [t._session.pid for t in toolboxes]), flush=True)
 time.sleep(30)
 """
 
 
-def test_sandbox_leaves_nothing_two_seconds_after_the_trainer_was_killed(tool_config):
+def test_sandbox_leaves_nothing_two_seconds_after_the_trainer_was_killed_or_ended_early(tool_config, tmp_path):
     def left(number):
-        command = [sys.executable, "-c", TRAINER, tool_config.tool_cache]
-        folder = Path(tools.__file__).parent
+        command, folder = [sys.executable, "-c", TRAINER, tool_config.tool_cache], Path(tools.__file__).parent
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder) as trainer:
             base, *pids = json.loads(trainer.stdout.readline())
-            assert all(tool_alive(pid) for pid in pids) and os.path.exists(base)
+            assert not any(tool_state(pid) in "ZX" for pid in pids) and os.path.exists(base)
             trainer.send_signal(number)
             trainer.wait()
-            deadline = time.monotonic() + 2
-            while time.monotonic() < deadline and (any(map(tool_alive, pids)) or os.path.exists(base)):
-                time.sleep(0.05)
-            return [pid for pid in pids if tool_alive(pid)] + ([base] if os.path.exists(base) else [])
+            return tool_wait(2, lambda: [p for p in pids if tool_state(p) not in "ZX"] + [base] * os.path.exists(base))
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(left, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])) == [[], [], []]
-
-
-def test_sandbox_leaves_nothing_when_the_trainer_ends_before_its_zygote_is_ready(tool_config, tmp_path):
     code = f"import tools; tools._zygote._start(tools.ToolConfig(tool_cache={tool_config.tool_cache!r}))"
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # this one ends before its zygote is ready
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(tools.__file__).parent, env=environment)
-    deadline = time.monotonic() + 10
-    while os.listdir(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert tool_wait(10, lambda: os.listdir(tmp_path)) == []
 
 
 def test_tool_python_keeps_64_sessions_apart_and_no_deadline_measures_the_queue(tool_config):
@@ -1379,22 +1312,16 @@ def test_sandbox_start_says_what_runs_and_stops_where_nothing_holds(tool_config,
 
 
 def test_sandbox_keeps_a_checkout_closed_that_is_a_virtual_environment(tool_config, tmp_path, monkeypatch):
-    packages = tmp_path / f"lib/python3.{sys.version_info[1]}/site-packages"
+    packages, home = tmp_path / f"lib/python3.{sys.version_info[1]}/site-packages", f"home = {sys.base_prefix}/bin\n"
     packages.mkdir(parents=True)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(f"{sys.base_prefix}/bin/python3")
-    home = f"home = {sys.base_prefix}/bin\n"
-    for file, text in (
-        ("pyvenv.cfg", home),
-        ("runs", "gold"),
-        (packages / "all.pth", str(Path(np.__file__).parents[1])),
-    ):
-        (tmp_path / file).write_text(text, encoding="utf-8")
+    for file, text in (("pyvenv.cfg", home), ("runs", "gold"), (packages / "all.pth", Path(np.__file__).parents[1])):
+        (tmp_path / file).write_text(str(text), encoding="utf-8")
     shutil.copy(tools.__file__, tmp_path)
-    code = (
-        "import sys, tools; config = tools.ToolConfig(tool_cache=sys.argv[1])\nprint(sys.prefix, tools.start(config))"
-    )
-    code += f"\nprint(tools._Session(config).run('open(\"{tmp_path}/runs\").read()', 9, [])[0])"
+    code = f"""import sys, tools; config = tools.ToolConfig(tool_cache=sys.argv[1])
+print(sys.prefix, tools.start(config))
+print(tools._Session(config).run('open("{tmp_path}/runs").read()', 9, [])[0])"""
     command = [tmp_path / "bin/python", "-c", code, tool_config.tool_cache]
     seen = subprocess.run(command, capture_output=True, check=True, text=True, cwd=tmp_path).stdout
     assert seen.startswith(f"{tmp_path} python: sandboxed") and "Permission denied" in seen and "gold" not in seen
@@ -1404,29 +1331,24 @@ def test_sandbox_keeps_a_checkout_closed_that_is_a_virtual_environment(tool_conf
 
 
 # --- calls, zoom and search ------------------------------------------------------------------------------------------
-
-
-def tool_fuzz(chance):
-    values = [None, True, 0, -1, 10**400, 1e999, -1e999, math.nan, "", "x", "\ud800", [], {}, [[]], [1] * 4]
-    name = chance.choice(["python", "image_zoom_in", "tavily-search", "", None, 3, [], {}, "os"])
-    keys = ["code", "timeout", "bbox_2d", "label", "img_idx", "query", "max_results", "name"]
-    arguments = {chance.choice(keys): chance.choice(values) for _ in range(chance.randrange(5))}
-    if chance.random() < 0.3:
-        arguments |= {"bbox_2d": [chance.choice(values[1:9]) for _ in range(4)], "label": ""}
-    text = json.dumps({"name": name, "arguments": chance.choice([arguments, arguments, arguments, *values])})
-    position = chance.randrange(len(text))
-    broken = text[:position] + chr(chance.randrange(0x110000)) + text[position:]
-    return chance.choice([text, text, text[:position], broken])
-
-
 def test_tool_call_turns_any_text_into_an_observation(tool_config, tmp_path):
-    corpus = tmp_path / "corpus.jsonl"
+    def fuzz():
+        name = chance.choice(["python", "image_zoom_in", "tavily-search", "", None, 3, [], {}, "os"])
+        keys = ["code", "timeout", "bbox_2d", "label", "img_idx", "query", "max_results", "name"]
+        arguments = {chance.choice(keys): chance.choice(values) for _ in range(chance.randrange(5))}
+        if chance.random() < 0.3:
+            arguments |= {"bbox_2d": [chance.choice(values[1:9]) for _ in range(4)], "label": ""}
+        text = json.dumps({"name": name, "arguments": chance.choice([arguments, arguments, arguments, *values])})
+        position = chance.randrange(len(text))
+        broken = text[:position] + chr(chance.randrange(0x110000)) + text[position:]
+        return chance.choice([text, text, text[:position], broken])
+
+    values = [None, True, 0, -1, 10**400, 1e999, -1e999, math.nan, "", "x", "\ud800", [], {}, [[]], [1] * 4]
+    corpus, chance = tmp_path / "corpus.jsonl", random.Random(0)
     corpus.write_text('{"title": "x", "text": "x 9"}')
-    chance = random.Random(0)
     texts = ["", "{}", "[]", "null", "[" * 10**5, '{"a":' * 10**5, "1" * 10**5, '"\\ud800"', "\0", "NaN"]
-    texts += [chance.randbytes(40).decode("latin-1") for _ in range(100)] + [tool_fuzz(chance) for _ in range(1500)]
-    images = [Image.new("RGB", (50, 50)), b"no image"]
-    with Toolbox(images, replace(tool_config, search_corpus=str(corpus))) as toolbox:
+    texts += [chance.randbytes(40).decode("latin-1") for _ in range(100)] + [fuzz() for _ in range(1500)]
+    with Toolbox([Image.new("L", (9, 9)), b"no image"], replace(tool_config, search_corpus=str(corpus))) as toolbox:
         for text in texts:
             seen = toolbox.call(text)
             assert seen.text.encode() and len(seen.text) <= tool_config.observation_chars
@@ -1435,11 +1357,9 @@ def test_tool_call_turns_any_text_into_an_observation(tool_config, tmp_path):
 
 
 @pytest.mark.parametrize("name, arguments, wrong", [
-    ("python", {}, "code must"), ("python", {"code": "x" * 10**6}, "code must"), ("os", {}, "no such tool"),
-    ("python", {"code": "1", "timeout": "x"}, "timeout"), ("python", {"code": "1", "timeout": True}, "timeout must"),
-    ("image_zoom_in", {"bbox_2d": [9, 5, 5, 9]}, "x1 < x2"), ("image_zoom_in", {"bbox_2d": "x"}, "must be [x1"),
-    ("image_zoom_in", {"bbox_2d": [1, 2, 3, "4"]}, "number"), ("image_zoom_in", {"bbox_2d": [math.nan] * 4}, "number"),
-    ("image_zoom_in", {"bbox_2d": [0, 0, 9, 9], "img_idx": 1}, "below 1"),
+    ("python", {}, "code must"), ("python", {"code": "x" * 10**6}, "code must"), ("python", {"code": "1", "timeout": "x"}, "timeout"), ("os", {}, "no such tool"),
+    ("python", {"code": "1", "timeout": True}, "timeout must"), ("image_zoom_in", {"bbox_2d": [9, 5, 5, 9]}, "x1 < x2"), ("image_zoom_in", {"bbox_2d": "x"}, "must be [x1"),
+    ("image_zoom_in", {"bbox_2d": [1, 2, 3, "4"]}, "number"), ("image_zoom_in", {"bbox_2d": [math.nan] * 4}, "number"), ("image_zoom_in", {"bbox_2d": [0, 0, 9, 9], "img_idx": 1}, "below 1"),
 ])  # fmt: skip
 def test_tool_call_names_what_is_wrong(name, arguments, wrong, tool_config):
     with Toolbox([Image.new("RGB", (9, 9))], tool_config) as toolbox:
@@ -1447,16 +1367,7 @@ def test_tool_call_names_what_is_wrong(name, arguments, wrong, tool_config):
         assert wrong in seen.text and not seen.ok and not seen.images and toolbox._session is None
 
 
-def test_tool_text_is_bounded_and_holds_no_token_of_the_template(tool_config):
-    with Toolbox([], replace(tool_config, python_max_timeout=1)) as toolbox:
-        code = "print('<|im_end|><tool_response></think><|image_pad|>' + chr(60) + 'b>')"
-        assert tool_call(toolbox, code=code).text == "< |im_end|>< tool_response>< /think>< |image_pad|><b>"
-        text = tool_call(toolbox, code="print('a' * 10**5); 1 / 0").text
-        assert len(text) <= 4000 and text.startswith("aaa") and text.endswith("ZeroDivisionError: division by zero")
-        assert "after 1 s" in tool_call(toolbox, code="while True: pass", timeout=1e9).text
-
-
-def test_tool_zoom_crops_the_right_place_and_enlarges_it(tool_config):
+def test_tool_zoom_crops_the_right_place_and_enlarges_it_to_what_a_processor_accepts(tool_config):
     toolbox = Toolbox([Image.new("RGB", (1000, 500), "blue")], tool_config)
     toolbox.images[0].paste("red", (500, 250, 600, 300))
     seen = zoom(toolbox, [500, 500, 600, 600])
@@ -1464,41 +1375,34 @@ def test_tool_zoom_crops_the_right_place_and_enlarges_it(tool_config):
     assert seen.images[0].crop((9, 9, 700, 350)).getcolors() == [(691 * 341, (255, 0, 0))]
     assert toolbox.images[1] is seen.images[0]
     assert zoom(toolbox, [0, 0, 1000, 1000], 1).text == "Image 2: zoomed crop of image 1."
-
-
-def tool_pictures():
-    """Encoded pictures of one row, with what a good viewer shows of each: a grey per pixel."""
-
-    def row(values, dtype="u1"):
-        return Image.fromarray(np.array([values], dtype))
-
-    turned, moving = Image.new("L", (1, 2), 9), [row([9, 9]), row([200, 200])]
-    turned.putpixel((0, 0), 200)  # the orientation says that the row's right end is the first line
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    palette = row([0, 1]).convert("P")
-    palette.putpalette([9, 9, 9, 5, 5, 5])
-    return [
-        (encoded(row([[9] * 3 + [255], [0] * 4])), [9, 255]), (encoded(row([[9, 255], [0, 0]])), [9, 255]),  # RGBA, LA
-        (encoded(palette, transparency=1), [9, 255]), (encoded(palette), [9, 5]),
-        (encoded(row([9, 7]), transparency=7), [9, 255]),
-        (encoded(row([[9] * 3, [7] * 3]), transparency=(7, 7, 7)), [9, 255]),
-        (encoded(row([0, 32896, 65535], "u2")), [0, 128, 255]),
-        (encoded(row([0, 32896, 65535], "u2"), transparency=0), [255, 128, 255]),
-        (encoded(row([0, 50000, 100000], "i4"), "TIFF"), [0, 128, 255]), (encoded(row([7, 255], "i4"), "TIFF"), [7, 255]),
-        (encoded(row([0, 0.5, 1], "f4"), "TIFF"), [0, 128, 255]),
-        (encoded(row([0, 255]).convert("1")), [0, 255]),
-        (encoded(row([[9] * 3, [200] * 3]).convert("CMYK"), "TIFF"), [9, 200]),
-        (encoded(Image.new("CMYK", (2, 1), (0, 0, 0, 255)), "JPEG"), [0, 0]),
-        (encoded(turned, exif=exif), [9, 200]), (encoded(moving[0], "GIF", save_all=True, append_images=moving[1:]), [9, 9]),
-    ]  # fmt: skip
+    boxes = [0, 0, 1000, 1000], [999.9, 0, 1000, 1], [0, 500, 1000, 500.1], [-9, -9, 10**9, 9]
+    for size, box in itertools.product([(1, 1), (3, 4000), (4000, 3), (5000, 5000)], boxes):
+        (picture,) = zoom(Toolbox([Image.new("L", size)], tool_config), box).images
+        assert picture.mode == "RGB" and min(picture.size) >= 32 and max(picture.size) <= 1280
 
 
 def test_tool_pictures_are_the_same_everywhere_and_as_a_viewer_shows_them(tool_config):
+    def row(values, dtype="u1"):
+        return Image.fromarray(np.array([values], dtype))
+
     def greys(image):
         return [image.convert("RGB").getpixel((x, 0))[0] for x in range(image.width)]
 
-    pictures, expected = zip(*tool_pictures())
+    turned, moving, exif = Image.new("L", (1, 2), 9), [row([9, 9]), row([200, 200])], Image.Exif()
+    turned.putpixel((0, 0), 200)
+    exif[0x0112] = 6  # the orientation says that the row's right end is the first line
+    palette = row([0, 1]).convert("P")
+    palette.putpalette([9, 9, 9, 5, 5, 5])
+    # Encoded pictures of one row, with what a good viewer shows of each: a grey per pixel.
+    pictures, expected = zip(*[
+        (encoded(row([[9] * 3 + [255], [0] * 4])), [9, 255]), (encoded(row([[9, 255], [0, 0]])), [9, 255]),  # RGBA, LA
+        (encoded(palette, transparency=1), [9, 255]), (encoded(palette), [9, 5]), (encoded(row([9, 7]), transparency=7), [9, 255]),
+        (encoded(row([[9] * 3, [7] * 3]), transparency=(7, 7, 7)), [9, 255]), (encoded(row([0, 32896, 65535], "u2")), [0, 128, 255]),
+        (encoded(row([0, 32896, 65535], "u2"), transparency=0), [255, 128, 255]), (encoded(row([0, 50000, 100000], "i4"), "TIFF"), [0, 128, 255]), (encoded(row([7, 255], "i4"), "TIFF"), [7, 255]),
+        (encoded(row([0, 0.5, 1], "f4"), "TIFF"), [0, 128, 255]), (encoded(row([0, 255]).convert("1")), [0, 255]),
+        (encoded(row([[9] * 3, [200] * 3]).convert("CMYK"), "TIFF"), [9, 200]), (encoded(Image.new("CMYK", (2, 1), (0, 0, 0, 255)), "JPEG"), [0, 0]),
+        (encoded(turned, exif=exif), [9, 200]), (encoded(moving[0], "GIF", save_all=True, append_images=moving[1:]), [9, 9]),
+    ])  # fmt: skip
     assert [greys(tools.open_image(picture)) for picture in pictures] == list(expected)
     code = """from PIL import Image
 read = lambda images: [[i.getpixel((x, 0))[0] for x in range(i.width)] for i in images]
@@ -1506,11 +1410,10 @@ print([read(_pil_images), read(map(Image.open, _images))])"""
     with Toolbox(pictures, tool_config) as toolbox:
         assert json.loads(tool_call(toolbox, code=code).text) == [list(expected)] * 2
         for number, row in enumerate(expected):
-            left = greys(zoom(toolbox, [0, 0, 1000, 1000], number).images[0])[0]
-            assert abs(left - row[0]) < 12  # enlarging overshoots
-        shown = "Image.new('RGBA', (40, 40)).show(); Image.new('LA', (40, 40)).show()\n"
-        shown += "Image.new('I;16', (40, 40), 32896).show()\n"
-        shown += "import matplotlib.pyplot as plt; plt.figure(facecolor='none'); plt.show()"
+            (picture,) = zoom(toolbox, [0, 0, 1000, 1000], number).images
+            assert abs(greys(picture)[0] - row[0]) < 12  # enlarging overshoots
+        shown = """Image.new('RGBA', (40, 40)).show(); Image.new('LA', (40, 40)).show(); Image.new('I;16', (40, 40), 32896).show()
+import matplotlib.pyplot as plt; plt.figure(facecolor='none'); plt.show()"""
         seen = tool_call(toolbox, code=shown)
         assert [greys(image)[0] for image in seen.images] == [255, 255, 128, 255], seen.text
     with Toolbox(pictures * 9, tool_config) as toolbox:
@@ -1519,10 +1422,9 @@ print([read(_pil_images), read(map(Image.open, _images))])"""
 
 def test_tool_pictures_that_cannot_be_decoded_are_one_sentence(tool_config, tmp_path):
     whole = encoded(Image.effect_noise((99, 99), 9))
-    huge = bytearray(whole)
-    huge[16:24] = (50000).to_bytes(4, "big") * 2
+    huge = whole[:16] + (50000).to_bytes(4, "big") * 2 + whole[24:]
     (tmp_path / "half.png").write_bytes(whole[:-999])
-    for broken in (b"", b"no image", whole[:40], whole[:-999], bytes(huge), tmp_path / "half.png", tmp_path / "absent"):
+    for broken in (b"", b"no image", whole[:40], whole[:-999], huge, tmp_path / "half.png", tmp_path / "absent"):
         with pytest.raises(ValueError, match="^The picture .* cannot be decoded .*[.]$"):
             tools.open_image(broken)
         with Toolbox([broken], tool_config) as toolbox:
@@ -1548,52 +1450,38 @@ def test_tool_pictures_that_are_lazy_can_be_shared_and_files_are_decoded_once(to
     assert (info.misses, info.hits) == (3, 6) and info.maxsize <= 8
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 4000), (4000, 3), (5000, 5000)])
-def test_tool_zoom_gives_a_picture_a_processor_accepts(size, tool_config):
-    for box in ([0, 0, 1000, 1000], [999.9, 0, 1000, 1], [0, 500, 1000, 500.1], [-9, -9, 10**9, 9]):
-        toolbox = Toolbox([Image.new("L", size)], tool_config)
-        (picture,) = zoom(toolbox, box).images
-        assert picture.mode == "RGB" and min(picture.size) >= 32 and max(picture.size) <= 1280
-
-
-@pytest.fixture
-def tool_corpus(tmp_path):
+def test_tool_local_search_ranks_cuts_excludes_and_names_a_bad_corpus(tmp_path, monkeypatch):
     rows = [{"title": f"Ann Lee {n}", "url": f"https://a.org/{n}", "text": "Ann Lee paints boats."} for n in range(9)]
     rows += [{"title": "Bob", "text": "Bob " + "sings " * 400 + "in Oslo" + " loudly" * 400}, {"text": "Only zebras."}]
     leaks = ["https://HuggingFace.co/datasets/x", "http://cdn.hf.co:80/x", "hf.co/x", "https://a@www.huggingface.co"]
     rows += [{"title": "Leak", "url": leak, "text": "zebras zebras"} for leak in leaks]
     rows += [{"title": "No leak", "url": url, "text": "okapi"} for url in ("https://nothf.co", "https://a.org/hf.co/")]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    config = ToolConfig(search_corpus=str(corpus), tool_cache=str(tmp_path / "cache"))
+    search = partial(tool_search, config)
     tools._index.cache_clear()
-    return ToolConfig(search_corpus=str(tmp_path / "corpus.jsonl"), tool_cache=str(tmp_path / "cache"))
-
-
-def test_tool_local_search_ranks_cuts_excludes_and_names_a_bad_corpus(tool_corpus, monkeypatch):
     monkeypatch.setenv("TAVILY_API_KEY", "tvly-hunter2")  # the corpus goes before it
-    assert tool_search(tool_corpus, "zebras").text == "1.\nOnly zebras."  # nothing of the excluded site
-    found = re.findall("https.*", tool_search(tool_corpus, "ann lee", max_results=3).text)
-    assert found == ["https://a.org/0", "https://a.org/1", "https://a.org/2"]
-    assert "in Oslo" in tool_search(tool_corpus, "Oslo").text and len(tool_search(tool_corpus, "Oslo").text) < 800
-    assert tool_search(tool_corpus, "nothing-there").text == "No results."
-    for query in ['"', "a* OR (", "NEAR(", "title:x", "-", "'; DROP TABLE docs; --", "\0", "^a", "AND", "\ud800"]:
-        assert tool_search(tool_corpus, query).ok  # no query is a syntax error
-    assert tool_search(tool_corpus, "okapi").text.count("No leak") == 2
-    assert "17 documents" in tools.start(tool_corpus)
+    assert search("zebras").text == "1.\nOnly zebras."  # nothing of the excluded site
+    assert re.findall("a.org/.*", search("ann lee", max_results=3).text) == ["a.org/0", "a.org/1", "a.org/2"]
+    assert "in Oslo" in search("Oslo").text and len(search("Oslo").text) < 800
+    assert search("nothing-there").text == "No results." and search("okapi").text.count("No leak") == 2
+    queries = ['"', "a* OR (", "NEAR(", "title:x", "-", "'; DROP TABLE docs; --", "\0", "^a", "AND", "\ud800"]
+    assert all(search(query).ok for query in queries)  # none is a syntax error
+    assert "17 documents" in tools.start(config)
     with ThreadPoolExecutor(8) as pool:
-        assert len({seen.text for seen in pool.map(lambda _: tool_search(tool_corpus, "ann boats"), range(200))}) == 1
+        assert len({seen.text for seen in pool.map(lambda _: search("ann boats"), range(200))}) == 1
     assert tools._index.cache_info().currsize == 1
     for text in ('{"title": "x"}\nno json\n', '{"title": "x"}\n{"text": "\\ud800"}', '{"title": "x"}\n[]'):
-        Path(tool_corpus.search_corpus).write_text(text, encoding="utf-8")
+        corpus.write_text(text, encoding="utf-8")
         tools._index.cache_clear()
-        assert "cannot be indexed (line 2" in tool_search(tool_corpus, "new").text
-    assert "cannot be indexed" in tool_search(replace(tool_corpus, search_corpus="nowhere.jsonl"), "x").text
+        assert "cannot be indexed (line 2" in search("new").text
+    assert "cannot be indexed" in tool_search(replace(config, search_corpus="nowhere.jsonl"), "x").text
 
 
+HITS = b"""{"results": [{"title": "T", "url": "https://t.org", "content": "key tvly-hunter2"},
+                       {"title": "L", "url": "https://huggingface.co/x", "content": "leak"}]}"""
 ANSWER = "1. T\nhttps://t.org\nkey ***"
-
-
-HITS = [{"title": "T", "url": "https://t.org", "content": "key tvly-hunter2"}]
-HITS = json.dumps({"results": [*HITS, {"title": "L", "url": "https://huggingface.co/x", "content": "leak"}]}).encode()
 
 
 class Replies(http.server.BaseHTTPRequestHandler):
@@ -1608,10 +1496,9 @@ class Replies(http.server.BaseHTTPRequestHandler):
         elif reply == "closed":
             self.connection.shutdown(2)
         elif reply == "drip":
-            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
             with contextlib.suppress(OSError):
-                for _ in range(50):
-                    self.wfile.write(b" ")
+                for part in [b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 50]:
+                    self.wfile.write(part)
                     time.sleep(0.1)
         else:
             self.send_response(reply if isinstance(reply, int) else 200)
@@ -1620,8 +1507,7 @@ class Replies(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"" if isinstance(reply, int) else reply)
 
-    def log_message(self, *_):
-        pass
+    log_message = staticmethod(lambda *_: None)
 
 
 @pytest.fixture
@@ -1643,7 +1529,7 @@ def tool_tavily(server, tmp_path, monkeypatch):
     return server
 
 
-def test_tool_tavily_is_asked_once_and_never_shows_its_key(tool_tavily):
+def test_tool_tavily_is_asked_once_and_never_shows_its_key(tool_tavily, monkeypatch):
     with ThreadPoolExecutor(16) as pool:
         seen = pool.map(lambda _: tool_search(tool_tavily.config, " what  is it ", max_results=3).text, range(32))
         assert set(seen) == {ANSWER}
@@ -1654,48 +1540,39 @@ def test_tool_tavily_is_asked_once_and_never_shows_its_key(tool_tavily):
     assert "hunter2" not in stored.read_text() and tools.start(tool_tavily.config).endswith("search: tavily")
     with Toolbox([], tool_tavily.config) as toolbox:
         assert "hunter2" not in tool_call(toolbox, code="import os; os.environ").text
-
-
-@pytest.mark.parametrize("fault, times, tries, expected", [
-    (429, 1, 2, ANSWER), (503, 1, 2, ANSWER), ("closed", 1, 2, ANSWER), (HITS[:-9], 1, 2, ANSWER), (b'{"results": [3]}', 1, 2, ANSWER), (432, 9, 1, "quota is used up"),
-    (401, 9, 1, "key is not valid"), (302, 9, 1, "status 302"), (502, 9, 3, "status 502"), (429, 9, 3, "too many requests"),
-])  # fmt: skip
-def test_tool_tavily_is_tried_again_and_given_up(fault, times, tries, expected, tool_tavily):
-    tool_tavily.replies += [fault] * times
-    seen = tool_search(tool_tavily.config, "x")
-    assert expected in seen.text and seen.ok == (expected == ANSWER) and "hunter2" not in seen.text
-    assert len(tool_tavily.asked) == tries
-
-
-@pytest.mark.parametrize("fault", ["slow", "drip"])
-def test_tool_tavily_waits_no_longer_than_its_deadline(fault, tool_tavily, monkeypatch):
-    monkeypatch.setattr(tools, "_TAVILY_SECONDS", 1.2)
-    tool_tavily.replies += [fault] * 9
-    begin = time.monotonic()
-    assert "no reply" in tool_search(tool_tavily.config, "x").text
-    # How many tries fit is the machine's affair; without a deadline, three would take 15 seconds.
-    assert 1 <= len(tool_tavily.asked) <= 3 and time.monotonic() - begin < 4
-    monkeypatch.setattr(tools, "_TAVILY_URL", "http://127.0.0.1:9/")
-    assert "no reply" in tool_search(tool_tavily.config, "x").text
     monkeypatch.delenv("TAVILY_API_KEY")
     assert "not available" in tool_search(tool_tavily.config, "x").text
 
 
-# The plain user must be able to read this interpreter: an empty /root is put before a closed one in which it lies.
-OPEN_ROOT = """
-mkdir -p {stage} && mount --bind {prefix} {stage} && mount -t tmpfs -o mode=755 none /root && mkdir -p {prefix} &&
-mount --move {stage} {prefix} && exec "$@"
-"""
+@pytest.mark.parametrize("fault, times, tries, expected", [
+    (429, 1, [2], ANSWER), (503, 1, [2], ANSWER), ("closed", 1, [2], ANSWER), (HITS[:-9], 1, [2], ANSWER), (b'{"results": [3]}', 1, [2], ANSWER),
+    (432, 9, [1], "quota is used up"), (401, 9, [1], "key is not valid"), (302, 9, [1], "status 302"), (502, 9, [3], "status 502"), (429, 9, [3], "too many requests"),
+    # How many fit into a deadline is the machine's affair; without one, three would take 15 seconds.
+    ("slow", 9, [1, 2, 3], "no reply"), ("drip", 9, [1, 2, 3], "no reply"), ("nowhere", 0, [0], "no reply"),
+])  # fmt: skip
+def test_tool_tavily_is_tried_again(fault, times, tries, expected, tool_tavily, monkeypatch):
+    tool_tavily.replies += [fault] * times
+    if expected == "no reply":
+        monkeypatch.setattr(tools, "_TAVILY_SECONDS", 1.2)
+    if fault == "nowhere":
+        monkeypatch.setattr(tools, "_TAVILY_URL", "http://127.0.0.1:9/")
+    begin = time.monotonic()
+    seen = tool_search(tool_tavily.config, "x")
+    assert expected in seen.text and seen.ok == (expected == ANSWER) and "hunter2" not in seen.text
+    assert len(tool_tavily.asked) in tries and (expected != "no reply" or time.monotonic() - begin < 4)
 
 
 def test_tool_sandbox_holds_for_a_plain_user_too(tmp_path):
     if os.getuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("needs root, to become somebody else, and setpriv")
+    run = partial(subprocess.run, capture_output=True, check=False, text=True)
     plain = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env"]  # setpriv itself may still read all
-    if subprocess.run([*plain, sys.executable, "-c", ""], capture_output=True, check=False, cwd="/").returncode:
-        script = OPEN_ROOT.format(stage=tmp_path / "stage", prefix=sys.base_prefix)
-        plain = ["unshare", "-m", "sh", "-c", script, "sh", *plain]
-        if subprocess.run([*plain, sys.executable, "-c", ""], capture_output=True, check=False, cwd="/").returncode:
+    if run([*plain, sys.executable, "-c", ""], cwd="/").returncode:
+        # An empty /root is put before a closed one in which the interpreter lies.
+        script = "mkdir -p {0} && mount --bind {1} {0} && mount -t tmpfs -o mode=755 none /root && mkdir -p {1} && "
+        script += 'mount --move {0} {1} && exec "$@"'
+        plain = ["unshare", "-m", "sh", "-c", script.format(tmp_path / "stage", sys.base_prefix), "sh", *plain]
+        if run([*plain, sys.executable, "-c", ""], cwd="/").returncode:
             pytest.skip("the plain user cannot read this interpreter")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
@@ -1703,8 +1580,7 @@ def test_tool_sandbox_holds_for_a_plain_user_too(tmp_path):
             shutil.copy(file, folder)
         command = [*plain, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_sandbox_"]
         command += ["--basetemp", f"{folder}/temp", Path(__file__).name]
-        environment = {**os.environ, "HOME": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(command, capture_output=True, check=False, text=True, cwd=folder, env=environment)
+        done = run(command, cwd=folder, env={**os.environ, "HOME": folder, "PYTHONDONTWRITEBYTECODE": "1"})
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
