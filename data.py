@@ -100,10 +100,9 @@ class Source:
 
 
 KINDS = {"float": "math", "multiple choice": "choice", "math": "math", "choice": "choice"}  # others say nothing
-FORMULA = re.compile(
-    r"[\\=^+*/<>]|^[^A-Za-z]*\d[^A-Za-z]*[A-Za-z]*\W*$"
-)  # a sign of one, or a number and a word at most
-FIELDS = ("id", "question", "answers", "category", "options", "kind", "cycle")  # read before any picture
+FORMULA = re.compile(r"[\\=^+*/<>]|^[^A-Za-z]*\d[^A-Za-z]*[A-Za-z]*\W*$")  # has its sign, or a number and one word
+FIELDS = ("id", "question", "answers", "category", "options", "kind", "cycle", "images")  # the last is read on demand
+VSTAR_PROMPT = "Answer with the option's letter from the given choices directly."
 # fmt: off
 OWN = Source(  # a file of one's own; of several names the first that is filled counts, an empty last one is "or none"
     "", "", id="id|qid|question_id|sample_id|data_id|pid|index|", question="question|problem|query|prompt|text",
@@ -150,31 +149,26 @@ MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not sour
 def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "stop") -> list[Problem]:
     """Problems of a set, a mixture, a paper's mix or a file of your own; raises DataError. `limit` draws that many by
     index before any picture is touched, never a prefix, because sets are ordered. Drawn rows that cannot be used, all
-    pictures decoded, stop the load, or are left out if `on_bad_row` is "skip". Problems to learn from that share a
-    picture with a benchmark, or with an earlier part of the mixture, are dropped, and counted in the log."""
+    pictures decoded, stop the load, or are left out if `on_bad_row` is "skip"."""
     if on_bad_row not in ("stop", "skip"):
         raise DataError(f"on_bad_row is {on_bad_row!r}; it can be stop or skip.")
     parts = [(_Table(part), size) for part, size in check(name)]
-    slots = [(k, row) for k, (table, size) in enumerate(parts) for row in _draw(list(table.rows), size, seed)]
+    slots = [(k, id) for k, (table, size) in enumerate(parts) for id in _draw(list(table.rows), size, seed)]
     drawn = set(_draw(slots, limit, seed))
     problems: list[Problem] = []
     bad: list[str] = []
-    owners: dict[str, str] = {}  # of the pictures so far
+    owners: dict[str, str] = {}
     for k, (table, _) in enumerate(parts):
-        fresh = _without_copies(table, table.load({row for row in table.rows if (k, row) in drawn}), owners)
-        problems += fresh
+        problems += _without_copies(table, table.load([id for id in table.rows if (k, id) in drawn]), owners)
         bad += table.bad
-        if k + 1 < len(parts):
-            owners |= {digest(ref): problem.source for problem in fresh for ref in problem.images}
     if bad:
-        told = (
-            f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {'; '.join(bad[:4])}{'; ...' * (len(bad) > 4)}"
-        )
+        rows = "; ".join(bad[:4] + ["..."] * (len(bad) > 4))
+        told = f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {rows}"
         if on_bad_row == "stop":
             raise DataError(f"{told}. Mend them, or leave them out with `--on_bad_row skip`.")
         log.warning("Left out: %s", told)
-    twice = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
-    if twice:  # what is sampled, and where a run goes on, hangs on the id
+    ids = Counter(problem.id for problem in problems)
+    if twice := [id for id, count in ids.items() if count > 1]:  # what is sampled, and where a run goes on, hangs on it
         raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
     if not problems:
         raise DataError(f"No problem of {name} is left.")
@@ -183,22 +177,21 @@ def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "
 
 def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures") -> list[str]:
     """What is wrong with the first bad picture of each group, "" if none is. Each is decoded, in threads; sound ones
-    are remembered in CACHE, by their content or by path, size and time, and not decoded again."""
+    are remembered in CACHE by their digests, and not decoded again."""
     from tqdm import tqdm
 
     memory = CACHE / "pictures.txt"
     known = set(memory.read_text(encoding="utf-8").split()) if memory.exists() else set()
-    fresh = []
+    fresh = set()
 
     def fault(group: Iterable[bytes | Path]) -> str:
         try:
             for picture in group:
-                stat = None if isinstance(picture, bytes) else picture.stat()
-                key = digest(f"{picture.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode() if stat else picture)
-                shorter, longer = (1, 1) if key in known else sorted(open_image(picture).size)
-                if longer > 200 * shorter:
-                    return f"its sides are {shorter} and {longer} pixels, and image processors take at most 1 : 200"
-                fresh.append(key)
+                if (key := digest(picture)) not in known:
+                    shorter, longer = sorted(open_image(picture).size)
+                    if longer > 200 * shorter:
+                        return f"its sides are {shorter} and {longer} pixels, and image processors take at most 1 : 200"
+                    fresh.add(key)
         except (OSError, ValueError) as error:
             return str(error)
         return ""
@@ -208,7 +201,7 @@ def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures"
     with contextlib.suppress(OSError):  # where nothing can be written, the next start decodes again
         CACHE.mkdir(parents=True, exist_ok=True)
         with memory.open("a", encoding="utf-8") as file:
-            file.writelines(f"{key}\n" for key in set(fresh) - known)
+            file.writelines(f"{key}\n" for key in fresh)
     return faults
 
 
@@ -244,16 +237,21 @@ def _draw(items: list, count: int | None, seed: int) -> list:
 
 
 def _without_copies(table: _Table, fresh: list[Problem], owners: dict[str, str]) -> list[Problem]:
-    """The problems of a part without those that share a picture with earlier parts, whose pictures `owners` tells the
-    sets of, or, in a training set, with a benchmark; a benchmark is never cut."""
-    if table.source and table.source.training:
-        owners = owners | _evaluation_images()
-    if not owners or table.source in SETS.values() and not table.source.training:
-        return fresh
-    shared = [next((owners[key] for key in map(digest, p.images) if key in owners), "") for p in fresh]
-    for owner, count in Counter(filter(None, shared)).items():
+    """The problems of a part, but for those that share a picture with an earlier part or, in a training set, with a
+    benchmark; a benchmark is never cut. `owners`, to which the kept are added: digest of a picture -> its set."""
+    known = owners | _evaluation_images() if table.source.training else dict(owners)
+    kept, dropped = [], Counter()
+    for problem in fresh:
+        digests = list(map(digest, problem.images))
+        shared = [] if table.benchmark else [known[key] for key in digests if key in known]
+        if shared:
+            dropped[shared[0]] += 1
+        else:
+            kept.append(problem)
+            owners.update(dict.fromkeys(digests, problem.source))
+    for owner, count in dropped.items():
         log.warning(f"{table.name}: {count} of {len(fresh)} problems share an image with {owner}: dropped")
-    return [problem for problem, owner in zip(fresh, shared) if not owner]
+    return kept
 
 
 def _fetch(name: str, offline: bool) -> Path:
@@ -262,88 +260,85 @@ def _fetch(name: str, offline: bool) -> Path:
 
     source = SETS[name]
     wanted = [source.files, *source.extra]
-    options = {"repo_type": "dataset", "revision": source.revision, "local_files_only": offline}
+    included = "' '".join(wanted)
+    where = {"repo_id": source.repo, "repo_type": "dataset", "revision": source.revision}
     try:
-        folder = Path(snapshot_download(source.repo, allow_patterns=wanted, **options))
+        folder = Path(snapshot_download(**where, allow_patterns=wanted, local_files_only=offline))
+        if any(folder.glob(source.files)):
+            return folder
     except errors.GatedRepoError as error:  # before its parent, HfHubHTTPError
         page = f"https://huggingface.co/datasets/{source.repo}"
         raise DataError(f"{name}: {page} is gated; accept its terms there and log in with `hf auth login`.") from error
     except (errors.LocalEntryNotFoundError, ConnectionError):
-        folder = None
+        pass
     except errors.HfHubHTTPError as error:
         raise DataError(f"{name}: {source.repo} could not be fetched: {' '.join(str(error).split())}.") from error
-    if not folder or not any(folder.glob(source.files)):
-        included = "' '".join(wanted)
-        raise DataError(
-            f"{name}: {source.files} of {source.repo} is not in the cache and cannot be reached; with a network, run "
-            f"`hf download {source.repo} --repo-type dataset --revision {source.revision or 'main'} "
-            f"--include '{included}'`, which fills {constants.HF_HUB_CACHE}."
-        )
-    return folder
+    raise DataError(
+        f"{name}: {source.files} of {source.repo} is not in the cache and cannot be reached; with a network, run "
+        f"`hf download {source.repo} --repo-type dataset --revision {source.revision or 'main'} "
+        f"--include '{included}'`, which fills {constants.HF_HUB_CACHE}."
+    )
 
 
 class _Table:
-    """A set or a file: `rows` maps numbers to (id, texts), or to problems that are made; `bad` names unusable rows."""
+    """A set or a file: `rows` maps ids to the numbers of its rows, or to problems that are made; `bad` names rows that
+    cannot be used."""
 
     def __init__(self, name: str, offline: bool = False):
-        self.name, self.source, self.bad = Path(name).name, SETS.get(name, OWN), []
-        self.rows = dict(enumerate(MADE[name]())) if name in MADE else {}
-        if name in MADE:
-            self.source = None
+        self.name, self.source, self.made, self.bad = Path(name).name, SETS.get(name, OWN), name in MADE, []
+        self.benchmark = name in SETS and not self.source.training
+        self.rows = {problem.id: problem for problem in MADE[name]()} if self.made else {}
+        if self.made:
             return
         self.folder = Path(name).parent if self.source is OWN else _fetch(name, offline)
         self.paths = [Path(name)] if self.source is OWN else sorted(self.folder.glob(self.source.files))
-        cycle, count, ids = None, 0, set()
-        for index, row in self._scan(FIELDS):
+        cycle, count = [], 0
+        for index, row in self._scan():
             kept = _cells(row, self.source.cycle)
             cycle = cycle or kept
             if kept != cycle:
                 continue
             count += 1
             id = f"{Path(name).stem}/{''.join(_cells(row, self.source.id)) or index}"
-            id += f"#{index}" if id in ids else ""  # whoever keeps records by id relies on it
-            ids.add(id)
+            id += f"#{index}" if id in self.rows else ""  # whoever keeps records by id relies on it
             if _cells(row, self.source.answers) or not self.source.training:
-                self.rows[index] = id, row
+                self.rows[id] = index
         if count != (self.source.count or max(count, 1)):
             raise DataError(f"{self.name}: {count} problems, expected {self.source.count or 'at least 1'}.")
         if len(self.rows) < count:
             log.warning("%s: %d problems without an answer were dropped", self.name, count - len(self.rows))
 
-    def load(self, chosen: Collection[int]) -> list[Problem]:
-        """The chosen problems whose pictures can be decoded."""
-        if self.source is None:
-            return [self.rows[row] for row in sorted(chosen)]
-        found = list(self.stream(chosen))
+    def load(self, ids: Iterable[str]) -> list[Problem]:
+        """Those of the problems of these ids whose pictures can be decoded."""
+        if self.made:
+            return [self.rows[id] for id in ids]
+        found = list(self.stream(ids))
         faults = picture_faults([problem.images for _, problem in found], self.name)
         self.bad += [f"{where} has a broken picture: {fault}" for (where, _), fault in zip(found, faults) if fault]
         return [problem for (_, problem), fault in zip(found, faults) if not fault]
 
-    def stream(self, chosen: Collection[int]) -> Iterator[tuple[str, Problem]]:
-        """(where it stands, problem) of the chosen rows in order, the pictures found and not decoded."""
+    def stream(self, ids: Iterable[str]) -> Iterator[tuple[str, Problem]]:
+        """(where it stands, problem) of each id in the order of the rows, the pictures found and not decoded."""
         try:
             archives = [zipfile.ZipFile(path) for path in self.folder.glob("*.zip")] if self.source.extra else []
         except zipfile.BadZipFile as error:
             raise DataError(f"{self.name}: an archive in {self.folder} is broken: {error}.") from error
         members = {member: archive for archive in archives for member in archive.namelist()}
-        for index, row in self._scan(("images",), chosen):
-            id, texts = self.rows[index]
-            where = f"{self.name}: row {index} ({id})"
+        names = {self.rows[id]: id for id in ids}
+        for index, row in self._scan(names):
+            where = f"{self.name}: row {index} ({names[index]})"
             try:
-                problem = self._problem(id, texts, row, members)
+                yield where, self._problem(names[index], row, members)
             except (DataError, zipfile.BadZipFile) as error:
                 self.bad.append(f"{where} {error}")
-            else:
-                yield where, problem
 
-    def _problem(self, id: str, texts: dict, row: dict, members: dict[str, zipfile.ZipFile]) -> Problem:
-        """The problem of a row, whose pictures `row` holds; DataError says what is wrong with it."""
+    def _problem(self, id: str, row: dict, members: dict[str, zipfile.ZipFile]) -> Problem:
+        """The problem that a row holds; DataError says what is wrong with it."""
         source, own = self.source, self.source is OWN
-        question, shown = _content(next((texts[name] for name in source.question.split("|") if texts.get(name)), ""))
-        question = question.replace(
-            "Answer with the option's letter from the given choices directly.", ""
-        ).strip()  # V*
-        answers = list(dict.fromkeys(filter(None, map(_unboxed, _cells(texts, source.answers)))))
+        asked = next((row[name] for name in source.question.split("|") if row.get(name)), "")
+        question, shown = _content(asked)
+        question = question.replace(VSTAR_PROMPT, "").strip()
+        answers = list(dict.fromkeys(filter(None, map(_unboxed, _cells(row, source.answers)))))
         if not question or not answers:
             raise DataError(f"has no {'question' if answers else 'answer'}")
         answers = ["; ".join(answers)] if source.joined else answers
@@ -352,10 +347,10 @@ class _Table:
         if not images and not source.text_only:
             raise DataError("has no image")
 
-        declared = "".join(_cells(texts, source.kind)).lower()
+        declared = "".join(_cells(row, source.kind)).lower()
         declared = KINDS.get(declared, "text" if own and declared == "text" else "")
         gold = answers[0]
-        cells = _cells(texts, source.options)
+        cells = _cells(row, source.options)
         given = _options(cells)
         if cells and not given:
             raise DataError(f"has the options {cells[0]!r}: make them a list, or write A., B., ... before each")
@@ -376,15 +371,15 @@ class _Table:
             listed = listed if len(TAG.findall(question + listed)) == len(images) else ""
         question, images = _placed(question + listed * (given != letters), images)
         options = tuple(options) if kind == "choice" else ()
-        category = " ".join(_cells(texts, source.category))
+        category = " ".join(_cells(row, source.category))
         problem = Problem(id, question, images, tuple(answers), kind, options, id.partition("/")[0], category)
         if (own or source.training) and not answerable(problem):  # of a benchmark all rows count
             raise DataError(f"has the answer {gold!r}, which no rule can grade right")
         return problem
 
-    def _scan(self, fields: Iterable[str], wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
-        """(number, columns of `fields`) of all or the wanted rows, never holding a whole table of pictures."""
-        names = [getattr(self.source, field) for field in fields]
+    def _scan(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
+        """(number, row) of the wanted rows, or of all without their pictures; never holds a whole table of pictures."""
+        names = [getattr(self.source, field) for field in FIELDS[: -1 if wanted is None else None]]
         columns = re.split("[+|]", "|".join(names))
         numbers = itertools.count()
         for path in self.paths:
@@ -397,7 +392,7 @@ class _Table:
                     log.warning("%s: not understood, and not read: %s", self.name, ", ".join(unknown))
                 for row, index in zip(rows, numbers, strict=False):
                     if wanted is None or index in wanted:
-                        yield index, {name: row.get(name) for name in columns}
+                        yield index, row
             except (OSError, ValueError, csv.Error) as error:
                 said = error if isinstance(error, DataError) else f"cannot be read: {error}"
                 raise DataError(f"{self.name}: {path.name} {said}.") from error

@@ -1940,7 +1940,7 @@ def test_hrbench_keeps_one_of_four_orders_and_reads_none_as_text(hub):
     problems = data.load("hrbench4k")
     assert len(problems) == len({problem.question.split("\n")[1] for problem in problems}) == 200
     assert problems[0].options == ("None", "NA", "5\t6", "null")
-    assert "image" not in data._Table("hrbench4k").rows[0][1]  # gigabytes, were the pictures kept beside the texts
+    assert data._Table("hrbench4k").rows["hrbench4k/4"] == 4  # gigabytes, were its row kept with the picture
     assert problems[0].question.endswith("where?\nA. None\nB. NA\nC. 5\t6\nD. null")
 
 
