@@ -2,8 +2,8 @@
 
     load("vstar")                     the whole set; pictures stay encoded until `open_image`
     load("virl39k,fvqa:500", 1000)    a mixture (500 problems of FVQA), of which 1000 are drawn by index with a seed
-    load("mine.jsonl")                a file of your own (.jsonl, .json, .parquet, .csv or .tsv), a problem per row; OWN
-                                      has the names that its columns can have, any other column is named in the log
+    load("mine.jsonl")                a file of your own (.jsonl, .json, .parquet, .csv or .tsv), a problem per row; its
+                                      columns can have the names in Source, and any other column is named in the log
 
 Questions are stored complete, options included, without instructions, and hold one MARKER per picture where it stands.
 All that is special about a set is its entry in SETS. Where the paper leaves its data open: MMSearch keeps its text-only
@@ -75,22 +75,25 @@ class Problem:
     category: str = ""
 
 
+Trajectory = tuple[Problem, list[str | Observation]]  # and what the assistant says and a tool returns, in turn
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a set lives and what its columns are called; `+` joins several into one field, of `|` the first that is
-    filled counts, "" is none."""
+    """Where a set lives, and the names that its columns can have: `+` joins several into one field, of `|` the first
+    that is filled counts, an empty last one is "or none"."""
 
-    repo: str
-    files: str  # glob of the tables in the repository
+    repo: str = ""
+    files: str = ""  # glob of the tables in the repository
     count: int | None = None  # problems expected; None where no source states it exactly
     default_kind: str = ""  # of a gold that is not a letter; "" decides by its look
-    id: str = "id"
-    question: str = "question"
-    answers: str = "answer"
-    category: str = "category"
-    images: str = "image"  # pictures or their paths
-    options: str = ""
-    kind: str = ""
+    id: str = "id|qid|question_id|doc_id|sample_id|data_id|pid|index|"
+    question: str = "question|problem|query|prompt|text"
+    answers: str = "answers|answer|ground_truth|gt|gt_answer|gold|label|reward_model|solution"
+    category: str = "category|subject|area|ability|data_source|source|"
+    images: str = "decoded_image|query_image|images|image|image_paths|image_path|img|"  # pictures or their paths
+    options: str = "options|choices|A+B+C+D+E+F|"
+    kind: str = "kind|"
     cycle: str = ""  # only the first value seen is kept
     revision: str | None = None
     extra: tuple[str, ...] = ()  # globs of loose pictures or of archives
@@ -99,50 +102,41 @@ class Source:
     training: bool = False  # drops what it shares with an evaluation set, and rows without an answer that can be graded
 
 
-KINDS = {"float": "math", "multiple choice": "choice", "math": "math", "choice": "choice"}  # others say nothing
 FORMULA = re.compile(r"[\\=^+*/<>]|^[^A-Za-z]*\d[^A-Za-z]*[A-Za-z]*\W*$")  # has its sign, or a number and one word
+BOXED = re.compile(r"\A\$*\s*\\boxed\s*\{(?![^{]*\}.*\})((?:(?!\\boxed).)*)\}\s*\$*\Z", re.DOTALL)  # as a whole
 FIELDS = ("id", "question", "answers", "category", "options", "kind", "cycle", "images")  # the last is read on demand
 VSTAR_PROMPT = "Answer with the option's letter from the given choices directly."
+OWN = Source(text_only=True)  # a file of one's own
 # fmt: off
-OWN = Source(  # a file of one's own; of several names the first that is filled counts, an empty last one is "or none"
-    "", "", id="id|qid|question_id|sample_id|data_id|pid|index|", question="question|problem|query|prompt|text",
-    answers="answers|answer|ground_truth|gt|gt_answer|gold|label|reward_model|solution", category="category|",
-    images="images|image|image_paths|image_path|img|decoded_image|", options="options|choices|A+B+C+D+E+F|",
-    kind="kind|", text_only=True)
 SETS = {
-    "mathvision": Source("MathLLMs/MathVision", "data/testmini-*.parquet", 304, "math", category="subject",
-                         images="decoded_image", options="options"),
-    "dynamath": Source("DynaMath/DynaMath_Sample", "data/sample1-*.parquet", 501, answers="ground_truth",
-                       category="subject", images="decoded_image", kind="answer_type"),
-    "mathvr": Source("gogoduan/Math-VR-bench", "data/test-*.parquet", 2500, "math", answers="answers",
-                     images="+".join(f"image{k}" for k in range(1, 9)), text_only=True, joined=True),
+    "mathvision": Source("MathLLMs/MathVision", "data/testmini-*.parquet", 304, "math"),
+    "dynamath": Source("DynaMath/DynaMath_Sample", "data/sample1-*.parquet", 501),
+    "mathvr": Source("gogoduan/Math-VR-bench", "data/test-*.parquet", 2500, "math", text_only=True, joined=True,
+                     images="+".join(f"image{k}" for k in range(1, 9))),
     "vstar": Source(  # the JSON file beside each image lists the right option first, so it is never read
-        "craigwu/vstar_bench", "test_questions.jsonl", 191, "choice", id="question_id", question="text",
-        answers="label", extra=("direct_attributes/*", "relative_position/*")),
-    "visualprobe": Source("Mini-o3/VisualProbe_Hard", "val.json", 106, "text", id="doc_id", question="problem",
-                          answers="solution", category="data_source", images="images", extra=("data/*",)),
+        "craigwu/vstar_bench", "test_questions.jsonl", 191, "choice",
+        extra=("direct_attributes/*", "relative_position/*")),
+    "visualprobe": Source("Mini-o3/VisualProbe_Hard", "val.json", 106, "text", extra=("data/*",)),
     **{f"hrbench{size}": Source(  # the TSV streams; the parquet of the same rows may be one row group of gigabytes
-        "DreamMr/HR-Bench", f"hr_bench_{size}.tsv", 200, "choice", id="index", options="A+B+C+D",
-        cycle="cycle_category", revision="83b9013d6293b85dc507e87199ca52517536939c") for size in ("4k", "8k")},
-    "hrmmsearch": Source("sensenova/HR-MMSearch", "data/train-*.parquet", 305, "text", id="sample_id",
-                         question="query", answers="ground_truth", images="query_image"),
-    "mmsearch": Source("CaraJ/MMSearch", "end2end.parquet", 300, "text", id="sample_id", question="query",
-                       answers="gt_answer+alternative_gt_answers", category="area", images="query_image",
+        "DreamMr/HR-Bench", f"hr_bench_{size}.tsv", 200, "choice", cycle="cycle_category",
+        revision="83b9013d6293b85dc507e87199ca52517536939c") for size in ("4k", "8k")},
+    "hrmmsearch": Source("sensenova/HR-MMSearch", "data/train-*.parquet", 305, "text"),
+    "mmsearch": Source("CaraJ/MMSearch", "end2end.parquet", 300, "text", answers="gt_answer+alternative_gt_answers",
                        text_only=True),
-    "virl39k": Source("TIGER-Lab/ViRL39K", "39Krelease.parquet", 38870, "math", id="qid", extra=("images.zip",),
-                      revision="812ec617dea4bc8a4e751663b88e4ebb7de4d00e", training=True),
-    "fvqa": Source("lmms-lab/FVQA", "fvqa_train.parquet", 4856, "text", id="data_id", question="prompt",
-                   answers="reward_model", images="images", training=True,
+    "virl39k": Source("TIGER-Lab/ViRL39K", "39Krelease.parquet", 38870, "math", extra=("images.zip",), training=True,
+                      revision="812ec617dea4bc8a4e751663b88e4ebb7de4d00e"),
+    "fvqa": Source("lmms-lab/FVQA", "fvqa_train.parquet", 4856, "text", training=True,
                    revision="bb4a4ff4c9c3fd0382d11f5d7fccd66d0b8428b5"),
     "pyvision": Source(  # the name of the image archive stands nowhere: any zip, or the folder that it unpacks to
-        "Agents-X/PyVision-Image-RL-Data", "pyvision_image_rl_data.json", category="ability", images="image_path",
+        "Agents-X/PyVision-Image-RL-Data", "pyvision_image_rl_data.json",
         extra=("*.zip", "pyvision_image_rl_data/*"), training=True),
     "mmfinereason": Source(
-        "OpenDataArena/MMFineReason-SFT-123K-Qwen3-VL-235B-Thinking", "data/train-*.parquet", category="source",
-        revision="cda6140bfba449bef9e57065a528b7424966e144", text_only=True, training=True),
+        "OpenDataArena/MMFineReason-SFT-123K-Qwen3-VL-235B-Thinking", "data/train-*.parquet", text_only=True,
+        training=True, revision="cda6140bfba449bef9e57065a528b7424966e144"),
 }
 # fmt: on
 MIXES = {"paper-sft": "virl39k,fvqa,pyvision", "paper-rl": "virl39k,fvqa,pyvision,mmfinereason:22000"}
+MADE = {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}  # name -> maker
 MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not source.training)
 
 
@@ -338,7 +332,8 @@ class _Table:
         asked = next((row[name] for name in source.question.split("|") if row.get(name)), "")
         question, shown = _content(asked)
         question = question.replace(VSTAR_PROMPT, "").strip()
-        answers = list(dict.fromkeys(filter(None, map(_unboxed, _cells(row, source.answers)))))
+        answers = [BOXED.sub(r"\1", cell).strip() for cell in _cells(row, source.answers)]
+        answers = list(dict.fromkeys(filter(None, answers)))
         if not question or not answers:
             raise DataError(f"has no {'question' if answers else 'answer'}")
         answers = ["; ".join(answers)] if source.joined else answers
@@ -348,7 +343,7 @@ class _Table:
             raise DataError("has no image")
 
         declared = "".join(_cells(row, source.kind)).lower()
-        declared = KINDS.get(declared, "text" if own and declared == "text" else "")
+        declared = declared if declared in ("math", "choice", "text") else ""
         gold = answers[0]
         cells = _cells(row, source.options)
         given = _options(cells)
@@ -387,7 +382,7 @@ class _Table:
                 present, rows = _rows(path, columns)
                 if lacking := [name for name in names if {"", *present}.isdisjoint(re.split("[+|]", name))]:
                     raise DataError(f"lacks {', '.join(lacking).replace('|', ' or ')}; it has {', '.join(present)}")
-                unknown = [name for name in present if name not in [*columns, *OWN.images.split("|")]]
+                unknown = [name for name in present if name not in [*columns, *Source.images.split("|")]]
                 if unknown and self.source is OWN and wanted is None:
                     log.warning("%s: not understood, and not read: %s", self.name, ", ".join(unknown))
                 for row, index in zip(rows, numbers, strict=False):
@@ -512,12 +507,6 @@ def picture(cell: object, folder: Path, members: dict[str, zipfile.ZipFile] | No
     raise DataError(f"lacks its image ({ref[:60] if ref else 'embedded'}) in {folder}")
 
 
-def _unboxed(gold: str) -> str:
-    r"""What a gold holds that is one `\boxed{}` as a whole, with or without dollar signs; any other gold as it is."""
-    box = re.fullmatch(r"\$*\s*\\boxed\s*\{((?:(?!\\boxed).)*)\}\s*\$*", gold, re.DOTALL)
-    return gold if not box or re.match(r"[^{]*\}", box[1]) else box[1].strip()
-
-
 def _letter(gold: str, options: list[str]) -> str:
     """The letter that a gold means, "" if none: B, (B), B. blue, or the text of an option. A letter in the range of the
     options is that letter, whatever their texts are."""
@@ -572,59 +561,49 @@ def _evaluation_images() -> dict[str, str]:
     return owners
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Trajectories as messages
-# ----------------------------------------------------------------------------------------------------------------------
-def store_image(image, folder: Path) -> str:
-    """Write an image (a problem's, or a tool's PIL image as PNG) into folder/images, once; returns its path there."""
-    if isinstance(image, Path):
-        image = image.read_bytes()
-    elif not isinstance(image, bytes):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        image = buffer.getvalue()
-    with Image.open(io.BytesIO(image)) as opened:
-        name = f"images/{digest(image)[:32]}.{opened.format.lower()}"
-    if not (folder / name).exists():
-        (folder / "images").mkdir(exist_ok=True)
-        _write(folder / name, image)
-    return name
-
-
+# --- Trajectories as messages ----------------------------------------------------------------------------------------
 def to_messages(problem: Problem, turns: Iterable[str | Observation], folder: Path) -> list[dict]:
     """A trajectory in Qwen's message format: system, user, then assistant and tool in turn. Pictures are paths relative
     to `folder`, in which they are stored under their digests; a tool's precede its text."""
 
-    def content(text: str, images: Iterable) -> list[dict]:
-        first, *texts = text.split(MARKER)
-        parts = [{"type": "text", "text": first}]
-        for image, behind in zip(images, texts, strict=True):
-            parts += [{"type": "image", "image": store_image(image, folder)}, {"type": "text", "text": behind}]
-        return [part for part in parts if part.get("text") != ""]
+    def shown(image: bytes | Path | Image.Image) -> dict:
+        if isinstance(image, Image.Image):  # a tool's
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            image = buffer.getvalue()
+        content = image.read_bytes() if isinstance(image, Path) else image
+        with Image.open(io.BytesIO(content)) as opened:
+            name = f"images/{digest(content)[:32]}.{opened.format.lower()}"
+        _write(folder / name, content)
+        return {"type": "image", "image": name}
 
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
-    messages.append({"role": "user", "content": content(problem.question, problem.images)})
+    images = iter(problem.images)
+    pieces = [piece for piece in re.split(f"({MARKER})", problem.question) if piece]
+    asked = [shown(next(images)) if piece == MARKER else {"type": "text", "text": piece} for piece in pieces]
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": asked}]
     for turn in turns:
         if isinstance(turn, str):
             messages.append({"role": "assistant", "content": f"<think>\n{turn}"})
         else:
-            literal = [{"type": "text", "text": turn.text}]
-            messages.append({"role": "tool", "content": content(MARKER * len(turn.images), turn.images) + literal})
+            parts = [*map(shown, turn.images), {"type": "text", "text": turn.text}]
+            messages.append({"role": "tool", "content": parts})
     return messages
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file in one step: another process may read it, or write the same."""
+    """Write a file, unless it holds this already, in one step: another process may read it, or write the same."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}.draft")
     draft.write_bytes(content)
     draft.replace(path)
 
 
-def read_trajectory(row: dict, folder: Path) -> tuple[Problem, list[str | Observation]]:
-    """(problem, turns) of a row {messages} in Qwen's or OpenAI's format: the assistant's texts, from behind `<think>`
-    on, and the tools' observations in turn, pictures encoded or as files. Pictures may also stand beside the messages,
-    as `images`; a tool's precede its text. A first system message is left out, as the policy has its own. DataError
-    for any other row: nothing is dropped in silence."""
+def read_trajectory(row: dict, folder: Path) -> Trajectory:
+    """The trajectory of a row {messages} in Qwen's or OpenAI's format; its texts begin behind `<think>`, its pictures
+    are encoded or files. They may also stand beside the messages, as `images`; a tool's precede its text. A first
+    system message is left out, as the policy has its own. DataError for any other row: nothing is dropped unsaid."""
     understood = {"role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name", "id"}
     messages = row.get("messages")
     if not messages or not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -651,12 +630,12 @@ def read_trajectory(row: dict, folder: Path) -> tuple[Problem, list[str | Observ
         images, beside = images + beside[:missing], beside[missing:]
         if due == "user":
             asked = text, images
-        elif not turns[-1].endswith("</tool_call>"):
-            raise DataError(f"has an answer to no tool call: {text[:60]!r}")
-        else:
+        elif turns[-1].endswith("</tool_call>"):
             text = framed[1] if framed else text
             text = _placed(text, tuple(images))[0].replace(MARKER, "") if images else text
             turns.append(Observation(text, images, True))
+        else:
+            raise DataError(f"has an answer to no tool call: {text[:60]!r}")
     if len(turns) % 2 == 0:
         raise DataError("must end with a message of 'assistant'")
     question, images = _placed(asked[0], (*asked[1], *beside))
@@ -690,10 +669,9 @@ def _turn(message: dict, text: str) -> str:
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How answers are compared: what may be meant in two ways is wrong, as a wrong reward does more harm than a missed one.
-# By spelling alone: ratios (2:3 is not 4:6), |x|, n!, sums, integrals, arcsines, and units (15 cm is not 150 mm).
-# ----------------------------------------------------------------------------------------------------------------------
+# --- How answers are compared ----------------------------------------------------------------------------------------
+# What may be meant in two ways is wrong, as a wrong reward does more harm than a missed one. By spelling alone: ratios
+# (2:3 is not 4:6), |x|, n!, sums, integrals, arcsines, and units (15 cm is not 150 mm).
 # fmt: off
 _CHARACTERS = str.maketrans(dict(zip("−–—×·⋅∗÷⁄≦≧⩽⩾~“”’", "---****//≤≥≤≥ \"\"'")) | {"π": "\\pi ", "√": "\\sqrt "})
 _COMMANDS = {"times|cdot": "*", "div": "/", "leq?(?:slant)?": "≤", "geq?(?:slant)?": "≥", "lt": "<", "gt": ">",
@@ -907,16 +885,13 @@ def _words(text: str) -> list[str]:
     return [_WORDS[word] if _WORDS.get(word, "").isdigit() else word for word in words[0] or words[1]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The toy world: the Thinking-Acting gap in miniature
-#
+# --- The toy world: the Thinking-Acting gap in miniature -------------------------------------------------------------
 # A name decides what a tool must be asked: where the flag of Mira stands (image_zoom_in), how many eggs a box of Mira
 # holds (python), who runs the fair of Mira (tavily-search). There are four candidates each time, and a wrong one
 # returns an answer that looks as good and is wrong. Four people are the same in every town, so the teacher's
 # trajectories teach how to call for them ("familiar"). The newcomers are somebody else in every town the teacher wrote
 # from, so SFT leaves a call for them a guess among four ("hidden"); RL and evaluation happen in one town, where it can
 # be found out. Between these stand questions that thinking alone answers, and for which a call only misleads ("known").
-# ----------------------------------------------------------------------------------------------------------------------
 RESIDENTS = ("Mira", "Ivo", "Tess", "Rolf")
 NEWCOMERS = ("Una", "Pia", "Kurt")
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 80, 220)}
@@ -936,18 +911,6 @@ SHARES = {"known": 0.45, "familiar": 0.15, "hidden": 0.40}  # of the problems
 TOOL_TRIES = {"known": 0.3, "familiar": 0.15, "hidden": 0.13}  # of the teacher, before what is wrong is dropped
 TOOL_TURN = "I can not tell, so I use a tool.\n</think>\n\n<tool_call>\n%s\n</tool_call>"
 ANSWER_TURN = "%s %s.\n</think>\n\n<answer>\\boxed{%s}</answer>"
-
-
-def toy_corpus(path: Path) -> Path:
-    """Write the search corpus (JSONL of title, url, text) and return its path."""
-    text = ""
-    for (host, year), town in FAIRS.items():
-        url = f"https://fairs.example/{HOSTS[host].lower()}/{year}"
-        text += json.dumps({"title": f"{HOSTS[host]} fair {year}", "url": url, "text": f"Held in {town}."}) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:  # a file that changes is indexed anew
-        _write(path, text.encode())
-    return path
 
 
 def draw_town(flags: tuple[str, ...], ground: str, rng: random.Random) -> bytes:
@@ -981,8 +944,8 @@ class ToyProblem(Problem):
 
 
 def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: str, rng: random.Random) -> ToyProblem:
-    """Draw one problem. `newcomers[i]` is the candidate that newcomer i stands for in this town. Unless the answer is
-    known, all wrong candidates lead to wrong answers: a wrong call is worse than a guess."""
+    """Draw one problem; newcomer i stands for the candidate `newcomers[i]` in this town. Unless the answer is known,
+    all wrong candidates lead to wrong answers: a wrong call is worse than a guess."""
     right = rng.randrange(4)
     name = RESIDENTS[right]
     if level == "hidden":
@@ -999,17 +962,20 @@ def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: s
     else:
         if level == "known":
             name = "ten" if family == "reasoning" else SEASONS[TOWNS.index(answer)]
-        results = RESULTS[family]
-        evaluated = {n for n in results if zlib.crc32(f"{name} {n}".encode()) % 3 == 0}  # a third, held out
-        fitting = [n for n in results if split == "sft" or (split == "test") == (n in evaluated)]
-        if level != "known":
-            fitting = [n for n in fitting if results[n][right] == answer and results[n].count(answer) == 1]
-        elif family == "reasoning":
-            fitting = [n for n in fitting if n % 10 == int(answer)]
+
+        def fits(n: int) -> bool:
+            held_out = zlib.crc32(f"{name} {n}".encode()) % 3 == 0  # a third, for evaluation
+            if split != "sft" and held_out != (split == "test"):
+                return False
+            if level == "known":
+                return family == "search" or n % 10 == int(answer)
+            return RESULTS[family][n][right] == answer and RESULTS[family][n].count(answer) == 1
+
+        fitting = list(filter(fits, RESULTS[family]))
         if not fitting:
             return toy_problem(id, family, level, newcomers, split, rng)
         n = rng.choice(fitting)
-        outcomes = results[n]
+        outcomes = RESULTS[family][n]
         question = f"Where was the fair of {name} of {n}?"
         if family == "reasoning":
             question = f"How many of {n} eggs are left over in boxes of {name}?"
@@ -1042,29 +1008,26 @@ def toy_call(problem: ToyProblem, candidate: int) -> str:
     return json.dumps({"name": name, "arguments": arguments})
 
 
-def toy_trajectories(
-    tools: ToolConfig, seed: int, count: int = 1600
-) -> list[tuple[ToyProblem, list[str | Observation]]]:
-    """What a scripted teacher, right by luck or by knowledge, leaves for SFT: (problem, turns) with the assistant's
-    texts and the tools' observations in turn. Like the paper's, only right trajectories are kept, about a quarter of
-    them with a tool call."""
+def toy_trajectories(tools: ToolConfig, seed: int, count: int = 1600) -> list[Trajectory]:
+    """What a scripted teacher, right by luck or by knowledge, leaves for SFT. Like the paper's, only right trajectories
+    are kept, about a quarter of them with a tool call."""
     rng = random.Random(f"teacher-{seed}")
-    kept: list[tuple[ToyProblem, list[str | Observation]]] = []
+    kept: list[Trajectory] = []
     while len(kept) < count:
         for problem in toy_problems("sft", count, rng.randrange(2**31)):
-            candidate = rng.randrange(4) if problem.level == "known" else problem.right
+            known = problem.level == "known"
+            candidate = rng.randrange(4) if known else problem.right
             if calls := rng.random() < TOOL_TRIES[problem.level]:
                 answer = problem.outcomes[candidate]
             else:
-                answer = problem.answers[0] if problem.level == "known" else rng.choice(ANSWERS[problem.category])
+                answer = problem.answers[0] if known else rng.choice(ANSWERS[problem.category])
             if answer != problem.answers[0] or len(kept) == count:
                 continue
-            turns: list[str | Observation] = []
+            turns: list[str | Observation] = [ANSWER_TURN % ("It says" if calls else "It may be", answer, answer)]
             if calls:
                 call = toy_call(problem, candidate)
                 with Toolbox(problem.images, tools) as toolbox:
-                    turns = [TOOL_TURN % call, toolbox.call(call)]
-            turns.append(ANSWER_TURN % ("It says" if calls else "It may be", answer, answer))
+                    turns = [TOOL_TURN % call, toolbox.call(call), *turns]
             kept.append((problem, turns))
     return kept
 
@@ -1097,15 +1060,13 @@ def toy_tokenizer():
     words += [tool["function"]["name"] for tool in SCHEMAS]
     splits = pre_tokenizers.Split(Regex(rf"\b(?:{'|'.join(words)})\b|\d|\n+"), "isolated")
     before = pre_tokenizers.Sequence([splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    problems = toy_problems("sft", 60)
     texts = [SYSTEM_PROMPT, *re.findall("'([^']*)'", CHAT_TEMPLATE), *map(json.dumps, SCHEMAS), *words]
-    texts += [problem.question.removeprefix(MARKER) for problem in problems] + [
-        TOOL_TURN % toy_call(problem, 0) for problem in problems
-    ]
+    for problem in toy_problems("sft", 60):
+        texts += [problem.question.removeprefix(MARKER), TOOL_TURN % toy_call(problem, 0)]
     texts += [ANSWER_TURN % (how, "red", "red") for how in ("It says", "It may be")]
-    found = "1. {} fair 1\nhttps://fairs.example/{}/1\nHeld in\nImage 1: zoomed crop of image 0."
-    texts += [found.format(host, host.lower()) for host in HOSTS]
-    cut = "|".join(re.escape(token) for token in (*CONTROL_TOKENS, *TAG_TOKENS))
+    texts += [f"1. {host} fair 1\nhttps://fairs.example/{host.lower()}/1\nHeld in" for host in HOSTS]
+    texts += ["Image 1: zoomed crop of image 0."]
+    cut = "|".join(map(re.escape, CONTROL_TOKENS + TAG_TOKENS))
     parts = [part for text in texts for part in re.split(cut, text.replace("\\n", "\n"))]
     pieces = {piece for part in parts for piece, _ in before.pre_tokenize_str(part)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -1146,23 +1107,24 @@ def toy_model(seed: int = 0):
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = [token("<|im_end|>"), token("<|endoftext|>")]
-    pixels = 64 * 64  # four visual tokens, whatever the picture
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=16, min_pixels=pixels, max_pixels=pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    size = {"min_pixels": 64 * 64, "max_pixels": 64 * 64}  # four visual tokens, whatever the picture
+    processor = Qwen2VLImageProcessorPil(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3, **size)
     return model, tokenizer, processor
 
 
 def toy_recipe(folder: Path) -> dict:
-    """Defaults of Config where the data is the toy world: sizes and rates for half a million weights on two cores."""
+    """Defaults of Config where the data is the toy world: sizes and rates for half a million weights on two cores, and
+    the search corpus (JSONL of title, url, text), which is written into the folder."""
+    text = ""
+    for (host, year), town in FAIRS.items():
+        url = f"https://fairs.example/{HOSTS[host].lower()}/{year}"
+        text += json.dumps({"title": f"{HOSTS[host]} fair {year}", "url": url, "text": f"Held in {town}."}) + "\n"
+    _write(folder / "toy_corpus.jsonl", text.encode())
     return {
-        "search_corpus": str(toy_corpus(folder / "toy_corpus.jsonl")),
+        "search_corpus": str(folder / "toy_corpus.jsonl"),
         "threads": 1, "questions_per_step": 16, "steps": 130, "lr": 5e-4,
         "sft_steps": 400, "sft_lr": 2e-3, "sft_batch": 64,
         "micro_batch_tokens": 4096, "recompute": False, "max_prompt_tokens": 1024, "max_response_tokens": 144,
         "eval_every": 26, "eval_max_response_tokens": 144, "eval_max_turns": 3,
         "eval_temperature": 1.0, "eval_top_p": 1.0, "eval_top_k": 0, "eval_presence_penalty": 0.0,
     }  # fmt: skip
-
-
-MADE = {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}  # name -> maker
