@@ -60,6 +60,11 @@ class DataError(ValueError):
     """Data that cannot be used, and what to do about it, in one sentence."""
 
 
+def demand(met: object, said: str) -> None:
+    if not met:
+        raise DataError(said)
+
+
 @dataclass(frozen=True)
 class Problem:
     """A question with its pictures, encoded (bytes) or as a file, and the accepted answers, gold first. The question
@@ -144,28 +149,23 @@ def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "
     """Problems of a set, a mixture, a paper's mix or a file of your own; raises DataError. `limit` draws that many by
     index before any picture is touched, never a prefix, because sets are ordered. Drawn rows that cannot be used, all
     pictures decoded, stop the load, or are left out if `on_bad_row` is "skip"."""
-    if on_bad_row not in ("stop", "skip"):
-        raise DataError(f"on_bad_row is {on_bad_row!r}; it can be stop or skip.")
+    demand(on_bad_row in ("stop", "skip"), f"on_bad_row is {on_bad_row!r}; it can be stop or skip.")
     parts = [(_Table(part), size) for part, size in check(name)]
     slots = [(k, id) for k, (table, size) in enumerate(parts) for id in _draw(list(table.rows), size, seed)]
     drawn = set(_draw(slots, limit, seed))
-    problems: list[Problem] = []
-    bad: list[str] = []
-    owners: dict[str, str] = {}
+    problems, bad, owners = [], [], {}
     for k, (table, _) in enumerate(parts):
         problems += _without_copies(table, table.load([id for id in table.rows if (k, id) in drawn]), owners)
         bad += table.bad
     if bad:
-        rows = "; ".join(bad[:4] + ["..."] * (len(bad) > 4))
-        told = f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {rows}"
-        if on_bad_row == "stop":
-            raise DataError(f"{told}. Mend them, or leave them out with `--on_bad_row skip`.")
+        first = "; ".join(bad[:4] + ["..."] * (len(bad) > 4))
+        told = f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {first}"
+        demand(on_bad_row == "skip", f"{told}. Mend them, or leave them out with `--on_bad_row skip`.")
         log.warning("Left out: %s", told)
     ids = Counter(problem.id for problem in problems)
     if twice := [id for id, count in ids.items() if count > 1]:  # what is sampled, and where a run goes on, hangs on it
         raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
-    if not problems:
-        raise DataError(f"No problem of {name} is left.")
+    demand(problems, f"No problem of {name} is left.")
     return problems
 
 
@@ -174,9 +174,8 @@ def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures"
     are remembered in CACHE by their digests, and not decoded again."""
     from tqdm import tqdm
 
-    memory = CACHE / "pictures.txt"
+    memory, fresh = CACHE / "pictures.txt", set()
     known = set(memory.read_text(encoding="utf-8").split()) if memory.exists() else set()
-    fresh = set()
 
     def fault(group: Iterable[bytes | Path]) -> str:
         try:
@@ -193,9 +192,7 @@ def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a decoded picture of 33 megapixels takes 100 MB
         faults = list(tqdm(pool.map(fault, groups), title, len(groups), disable=len(groups) <= 64))
     with contextlib.suppress(OSError):  # where nothing can be written, the next start decodes again
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with memory.open("a", encoding="utf-8") as file:
-            file.writelines(f"{key}\n" for key in fresh)
+        _write(memory, "\n".join(known | fresh).encode())
     return faults
 
 
@@ -216,11 +213,9 @@ def check(name: str) -> list[tuple[str, int | None]]:
     parts = []
     for part in map(str.strip, MIXES.get(name, name).split(",")):
         what, _, size = (part, "", "") if Path(part).is_file() else part.partition(":")
-        if size and not size.isdecimal():
-            raise DataError(f"{part}: after the colon belongs a number of problems.")
-        if what not in SETS and what not in MADE and not Path(what).is_file():
-            known = ", ".join([*SETS, *MADE, *MIXES])
-            raise DataError(f"No data set and no file is called {what!r}; known are {known}, and mixtures with commas.")
+        demand(not size or size.isdecimal(), f"{part}: after the colon belongs a number of problems.")
+        told = f"No data set and no file is called {what!r}; known are {', '.join([*SETS, *MADE, *MIXES])}"
+        demand(what in SETS or what in MADE or Path(what).is_file(), f"{told}, and mixtures with commas.")
         parts.append((what, int(size) if size else None))
     return parts
 
@@ -289,16 +284,17 @@ class _Table:
         cycle, count = [], 0
         for index, row in self._scan():
             kept = _cells(row, self.source.cycle)
-            cycle = cycle or kept
-            if kept != cycle:
+            if kept != (cycle := cycle or kept):
                 continue
             count += 1
             id = f"{Path(name).stem}/{''.join(_cells(row, self.source.id)) or index}"
             id += f"#{index}" if id in self.rows else ""  # whoever keeps records by id relies on it
             if _cells(row, self.source.answers) or not self.source.training:
                 self.rows[id] = index
-        if count != (self.source.count or max(count, 1)):
-            raise DataError(f"{self.name}: {count} problems, expected {self.source.count or 'at least 1'}.")
+        expected = self.source.count
+        demand(
+            count == (expected or max(count, 1)), f"{self.name}: {count} problems, expected {expected or 'at least 1'}."
+        )
         if len(self.rows) < count:
             log.warning("%s: %d problems without an answer were dropped", self.name, count - len(self.rows))
 
@@ -328,27 +324,24 @@ class _Table:
 
     def _problem(self, id: str, row: dict, members: dict[str, zipfile.ZipFile]) -> Problem:
         """The problem that a row holds; DataError says what is wrong with it."""
-        source, own = self.source, self.source is OWN
-        asked = next((row[name] for name in source.question.split("|") if row.get(name)), "")
-        question, shown = _content(asked)
+        source = self.source
+        question, shown = _content(next(filter(None, map(row.get, source.question.split("|"))), ""))
         question = question.replace(VSTAR_PROMPT, "").strip()
         answers = [BOXED.sub(r"\1", cell).strip() for cell in _cells(row, source.answers)]
         answers = list(dict.fromkeys(filter(None, answers)))
-        if not question or not answers:
-            raise DataError(f"has no {'question' if answers else 'answer'}")
+        demand(answers, "has no answer")
+        demand(question, "has no question")
         answers = ["; ".join(answers)] if source.joined else answers
         cells = [cell for cell in _cells(row, source.images) if cell != ""] or filter(None, shown)
         images = tuple(picture(cell, self.folder, members) for cell in cells)
-        if not images and not source.text_only:
-            raise DataError("has no image")
+        demand(images or source.text_only, "has no image")
 
         declared = "".join(_cells(row, source.kind)).lower()
         declared = declared if declared in ("math", "choice", "text") else ""
         gold = answers[0]
         cells = _cells(row, source.options)
         given = _options(cells)
-        if cells and not given:
-            raise DataError(f"has the options {cells[0]!r}: make them a list, or write A., B., ... before each")
+        demand(given or not cells, f"has the options {cells[:1]}: make them a list, or write A., B., ... before each")
         options = given or _options([question])
         letter = _letter(gold, options)
         if not letter and not given:  # what the question lists need not be options
@@ -368,8 +361,8 @@ class _Table:
         options = tuple(options) if kind == "choice" else ()
         category = " ".join(_cells(row, source.category))
         problem = Problem(id, question, images, tuple(answers), kind, options, id.partition("/")[0], category)
-        if (own or source.training) and not answerable(problem):  # of a benchmark all rows count
-            raise DataError(f"has the answer {gold!r}, which no rule can grade right")
+        usable = self.benchmark or answerable(problem)  # of a benchmark all rows count
+        demand(usable, f"has the answer {gold!r}, which no rule can grade right")
         return problem
 
     def _scan(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
@@ -380,8 +373,8 @@ class _Table:
         for path in self.paths:
             try:
                 present, rows = _rows(path, columns)
-                if lacking := [name for name in names if {"", *present}.isdisjoint(re.split("[+|]", name))]:
-                    raise DataError(f"lacks {', '.join(lacking).replace('|', ' or ')}; it has {', '.join(present)}")
+                lacking = ", ".join(name for name in names if {"", *present}.isdisjoint(re.split("[+|]", name)))
+                demand(not lacking, f"lacks {lacking.replace('|', ' or ')}; it has {', '.join(present)}")
                 unknown = [name for name in present if name not in [*columns, *Source.images.split("|")]]
                 if unknown and self.source is OWN and wanted is None:
                     log.warning("%s: not understood, and not read: %s", self.name, ", ".join(unknown))
@@ -414,8 +407,8 @@ def _rows(path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
         except ValueError as error:
             raise DataError(f"has no JSON in line {number}: {error}") from error
         rows += found if isinstance(found, list) else [found]
-    if wrong := [number for number, row in enumerate(rows) if not isinstance(row, dict)]:
-        raise DataError(f"has a row {wrong[0]} that is no object with named fields")
+    for number, row in enumerate(rows):
+        demand(isinstance(row, dict), f"has a row {number} that is no object with named fields")
     return list(dict.fromkeys(key for row in rows for key in row)), rows
 
 
@@ -466,8 +459,8 @@ def _content(content: object) -> tuple[str, list]:
             tagged += MARKER
         elif kind == "user" and not tagged:
             tagged, images = _content(part.get("content"))
-        elif kind != "system":  # the policy has its own
-            raise DataError(f"has a {kind!r} part, which is not understood")
+        else:  # the policy has a system message of its own
+            demand(kind == "system", f"has a {kind!r} part, which is not understood")
     return text if TAG.search(text) else tagged, images
 
 
@@ -479,8 +472,7 @@ def _placed(text: str, images: tuple) -> tuple[str, tuple]:
         return TAG.sub(lambda tag: f"[{tag[0].strip('<>')}]", text), ()
     if not tags:
         return f"{MARKER}\n" * len(images) + text, images
-    if len(tags) != len(images):
-        raise DataError(f"has {len(tags)} tags such as {tags[0][0]} for {len(images)} pictures")
+    demand(len(tags) == len(images), f"has {len(tags)} tags such as {tags[0][0]} for {len(images)} pictures")
     numbers = [int(tag[1] or -1) for tag in tags]
     if sorted(numbers) in (list(range(len(tags))), list(range(1, len(tags) + 1))):
         images = tuple(images[number - min(numbers)] for number in numbers)
@@ -539,20 +531,19 @@ def _options(cells: list[str]) -> list[str]:
 
 @cache
 def _evaluation_images() -> dict[str, str]:
-    """SHA-256 of each picture of the benchmarks in the Hub's cache -> set. The gigabytes are read once: digests stay
-    beside the snapshots, by commit. A set that is absent or incomplete is not compared, and named in the log."""
+    """SHA-256 of each picture of the benchmarks in the Hub's cache -> set. The gigabytes are read once: CACHE holds the
+    digests of each set's commit. A set that is absent or incomplete is not compared, and named in the log."""
     owners, absent = {}, []
     for name in MIXES["paper-eval"].split(","):
         try:
-            folder = _fetch(name, offline=True)
-            kept = folder.parents[1] / f"{name}-{folder.name}.sha256"
-            if not (digests := kept.read_text(encoding="utf-8").split() if kept.exists() else []):
+            memory = CACHE / f"{name}-{_fetch(name, offline=True).name}.txt"
+            digests = memory.read_text(encoding="utf-8").split() if memory.exists() else []
+            if not digests:
                 table = _Table(name, offline=True)
-                digests = sorted({digest(ref) for _, problem in table.stream(table.rows) for ref in problem.images})
-                if table.bad:
-                    raise DataError(table.bad[0])
-                with contextlib.suppress(OSError):  # a cache that may not be written is read again
-                    _write(kept, "\n".join(digests).encode())
+                digests = {digest(ref) for _, problem in table.stream(table.rows) for ref in problem.images}
+                demand(not table.bad, "incomplete")
+                with contextlib.suppress(OSError):
+                    _write(memory, "\n".join(digests).encode())
             owners |= dict.fromkeys(digests, name)
         except DataError:
             absent.append(name)
@@ -605,9 +596,8 @@ def read_trajectory(row: dict, folder: Path) -> Trajectory:
     are encoded or files. They may also stand beside the messages, as `images`; a tool's precede its text. A first
     system message is left out, as the policy has its own. DataError for any other row: nothing is dropped unsaid."""
     understood = {"role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name", "id"}
-    messages = row.get("messages")
-    if not messages or not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise DataError("lacks 'messages', a list of {role, content}")
+    messages = row.get("messages") if isinstance(row.get("messages"), list) else []
+    demand({*map(type, messages)} == {dict}, "lacks 'messages', a list of {role, content}")
     beside = [picture(cell, folder) for cell in _leaves(row.get("images"))]
     asked, turns = None, []
     for message in messages[messages[0].get("role") == "system" :]:
@@ -616,13 +606,11 @@ def read_trajectory(row: dict, folder: Path) -> Trajectory:
         role = message.get("role")
         role = "tool" if framed and asked and role == "user" else role
         due = "user" if not asked else "assistant" if len(turns) % 2 == 0 else "tool"
-        if role != due:
-            raise DataError(f"has a message of {role!r} where one of {due!r} must stand: {text[:60]!r}")
-        if unknown := [key for key, value in message.items() if value and key not in understood]:
-            raise DataError(f"has a message with {unknown[0]!r}, which is not understood")
+        demand(role == due, f"has a message of {role!r} where one of {due!r} must stand: {text[:60]!r}")
+        for key in message:
+            demand(key in understood or not message[key], f"has a message with {key!r}, which is not understood")
         if due == "assistant":
-            if cells:
-                raise DataError("has a picture by the assistant, which cannot show any")
+            demand(not cells, "has a picture by the assistant, which cannot show any")
             turns.append(_turn(message, text))
             continue
         images = [picture(cell, folder) for cell in cells if cell]
@@ -630,14 +618,12 @@ def read_trajectory(row: dict, folder: Path) -> Trajectory:
         images, beside = images + beside[:missing], beside[missing:]
         if due == "user":
             asked = text, images
-        elif turns[-1].endswith("</tool_call>"):
+        else:
+            demand(turns[-1].endswith("</tool_call>"), f"has an answer to no tool call: {text[:60]!r}")
             text = framed[1] if framed else text
             text = _placed(text, tuple(images))[0].replace(MARKER, "") if images else text
             turns.append(Observation(text, images, True))
-        else:
-            raise DataError(f"has an answer to no tool call: {text[:60]!r}")
-    if len(turns) % 2 == 0:
-        raise DataError("must end with a message of 'assistant'")
+    demand(len(turns) % 2, "must end with a message of 'assistant'")
     question, images = _placed(asked[0], (*asked[1], *beside))
     return Problem(str(row.get("id", "")), question, images, (), "text"), turns
 
@@ -657,15 +643,14 @@ def _turn(message: dict, text: str) -> str:
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError):
                 arguments = json.loads(arguments)
-        if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
-            raise DataError(f"has a call without a name or an object of arguments: {call}")
+        usable = isinstance(function.get("name"), str) and isinstance(arguments, dict)
+        demand(usable, f"has a call without a name or an object of arguments: {call}")
         written = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
         text += ("" if text.endswith("\n\n") else "\n") + f"<tool_call>\n{written}\n</tool_call>"
     said, calls = text.partition("</think>")[2], text.count("</tool_call>")
-    if not said.strip() and not calls:
-        raise DataError("has a message of 'assistant' that is empty, or only thinks")
-    if "think>" in said or calls > 1 or (calls and not text.endswith("</tool_call>")):
-        raise DataError(f"must think once in a turn, and make one call at most, as its last word: {said[:60]!r}")
+    demand(said.strip() or calls, "has a message of 'assistant' that is empty, or only thinks")
+    sound = "think>" not in said and calls <= 1 and (not calls or text.endswith("</tool_call>"))
+    demand(sound, f"must think once in a turn, and make one call at most, as its last word: {said[:60]!r}")
     return text
 
 
@@ -719,8 +704,8 @@ _TOKEN = re.compile(rf"(?:\d{{0,6}}\.\d{{1,9}}|\d{{1,20}})(?![\d.])|(?:{_CALLS})
 _DATE = re.compile(r"(\d{1,2} )?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*( \d{1,2})?( [12]\d{3})?")
 _CONNECTING = {"of", "and", "it", "is", "its", "was", "are", "da", "de", "dr", "mr", "mrs", "ms", "sir"}
 _DECISIVE = re.compile(r"\w|yes|no[tn]?|never|none|nor|without|anti|vice|former|new|(?:north|south|east|west)(?:ern)?")
-_PLACE = ("(?:Australia|Austria|Brazil|Canada|China|Egypt|England|France|Germany|Greece|India|Italy|Japan|Mexico|"
-    "Ireland|Netherlands|Poland|Portugal|Russia|Scotland|Spain|Sweden|UK|USA?|California|Florida|Massachusetts|Texas)")
+_PLACE = ("(?:Australia|Austria|Brazil|Canada|China|Egypt|England|France|Germany|Greece|India|Ireland|Italy|Japan|"
+    "Mexico|Netherlands|Poland|Portugal|Russia|Scotland|Spain|Sweden|UK|USA?)")  # no state: Paris, Texas is not Paris
 # fmt: on
 
 
@@ -1050,11 +1035,14 @@ CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start
 TAG_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
 
-def toy_tokenizer():
-    """A tokenizer in Qwen's format whose words are the toy world's own: one token for each name, colour, digit, ... and
-    for each run of text between them, bytes for anything else, and Qwen's control tokens under their own names."""
+def toy_model(seed: int = 0):
+    """(model, tokenizer, image processor): transformers' own Qwen3-VL class, tiny and randomly initialised, and a
+    tokenizer in Qwen's format whose words are the toy world's own: one token for each name, colour, digit, ... and for
+    each run of text between them, bytes for anything else, and Qwen's control tokens under their own names."""
+    import torch
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     words = [*RESIDENTS, *NEWCOMERS, *COLOURS, *HOSTS, *TOWNS, *SEASONS, "ten"]
     words += [tool["function"]["name"] for tool in SCHEMAS]
@@ -1077,17 +1065,7 @@ def toy_tokenizer():
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAG_TOKENS])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
-
-def toy_model(seed: int = 0):
-    """(model, tokenizer, image processor): transformers' own Qwen3-VL class, tiny and randomly initialised from
-    `seed`."""
-    import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    tokenizer = toy_tokenizer()
     token = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config={

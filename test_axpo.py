@@ -1674,7 +1674,7 @@ University of Oxford | University of Oxford, the || Mona Lisa | "Mona Lisa" | **
 $5 million | 5 million dollars || 3:30 PM | 3:30 p.m. || 3:30 | 3:30 PM || Spider-Man | Spiderman || J. K. Rowling | J.K. Rowling
 """
 OTHER_TEXT = r"""
-Paris | Paris London | ! | Paris, London | Paris (London) | Paris, France or Rome, Italy | not in Paris
+Paris | Paris London | ! | Paris, Texas | Paris, London | Paris (London) | Paris, France or Rome, Italy | not in Paris
 New York City | New York City or Boston | New York City (Boston) | City York | New York || Apollo 11 | Apollo 12 || 3.5 | 35
 New York City Hall | New York City Hall, Boston || -5 | 5 || Leonardo da Vinci | Leonardo da Vinci Michelangelo
 Apollo 11 moon mission | Apollo moon mission || University of California Berkeley | University of California Davis || 3.5 million | 35 million || The The | a
