@@ -6,10 +6,9 @@
                                       columns can have the names in Source, and any other column is named in the log
 
 Questions are stored complete, options included, without instructions, and hold one MARKER per picture where it stands.
-All that is special about a set is its entry in SETS. Where the paper leaves its data open: MMSearch keeps its text-only
-rows, DynaMath is variant 1, HR-Bench keeps one of the four orders in which it asks each question, so its figure is not
-the mean over four that others publish, and FVQA's aliases, neighbouring years among them, are taken as they are. The
-toy world, in which the whole pipeline runs without a download, comes last.
+Where the paper leaves its data open: MMSearch keeps its text-only rows, DynaMath is variant 1, HR-Bench keeps one of
+four orders in which it asks each question, so its figure is not the mean over four that others publish, and FVQA's
+aliases, neighbouring years among them, are taken as they are. The toy world, which needs no download, comes last.
 """
 
 from __future__ import annotations
@@ -42,18 +41,17 @@ from urllib.parse import unquote
 
 import mpmath
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from tools import SCHEMAS, Observation, Toolbox, ToolConfig, open_image
 
 log = logging.getLogger(__name__)
-CACHE = Path("~/.cache/axpo").expanduser()  # where it is remembered which pictures could be decoded
+CACHE = Path("~/.cache/axpo").expanduser()  # digests of pictures that could be decoded, and of the benchmarks'
 MARKER = "<image>"  # where a picture stands in a question
 TAG = re.compile(r"<image[ _]?(\d*)>|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>", re.IGNORECASE)
 
-SYSTEM_PROMPT = (
-    "Think first. Call a tool when looking, computing or searching helps, and think again about what it returns. "
-    "Then give the final answer, and only it, as <answer>\\boxed{...}</answer>."
-)
+SYSTEM_PROMPT = """Think first. Call a tool when looking, computing or searching helps, and think again about what it \
+returns. Then give the final answer, and only it, as <answer>\\boxed{...}</answer>."""
 
 
 class DataError(ValueError):
@@ -80,13 +78,10 @@ class Problem:
     category: str = ""
 
 
-Trajectory = tuple[Problem, list[str | Observation]]  # and what the assistant says and a tool returns, in turn
-
-
 @dataclass(frozen=True)
 class Source:
-    """Where a set lives, and the names that its columns can have: `+` joins several into one field, of `|` the first
-    that is filled counts, an empty last one is "or none"."""
+    """Where a set lives, and the names that its columns can have: `+` joins several, of `|` the first that is filled
+    counts, an empty last one is "or none"."""
 
     repo: str = ""
     files: str = ""  # glob of the tables in the repository
@@ -118,9 +113,8 @@ SETS = {
     "dynamath": Source("DynaMath/DynaMath_Sample", "data/sample1-*.parquet", 501),
     "mathvr": Source("gogoduan/Math-VR-bench", "data/test-*.parquet", 2500, "math", text_only=True, joined=True,
                      images="+".join(f"image{k}" for k in range(1, 9))),
-    "vstar": Source(  # the JSON file beside each image lists the right option first, so it is never read
-        "craigwu/vstar_bench", "test_questions.jsonl", 191, "choice",
-        extra=("direct_attributes/*", "relative_position/*")),
+    "vstar": Source("craigwu/vstar_bench", "test_questions.jsonl", 191, "choice",  # the JSON beside an image leaks
+                    extra=("direct_attributes/*", "relative_position/*")),
     "visualprobe": Source("Mini-o3/VisualProbe_Hard", "val.json", 106, "text", extra=("data/*",)),
     **{f"hrbench{size}": Source(  # the TSV streams; the parquet of the same rows may be one row group of gigabytes
         "DreamMr/HR-Bench", f"hr_bench_{size}.tsv", 200, "choice", cycle="cycle_category",
@@ -141,6 +135,7 @@ SETS = {
 }
 # fmt: on
 MIXES = {"paper-sft": "virl39k,fvqa,pyvision", "paper-rl": "virl39k,fvqa,pyvision,mmfinereason:22000"}
+Trajectory = tuple[Problem, list[str | Observation]]  # the texts of the assistant and what tools return, in turn
 MADE = {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}  # name -> maker
 MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not source.training)
 
@@ -148,15 +143,27 @@ MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not sour
 def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "stop") -> list[Problem]:
     """Problems of a set, a mixture, a paper's mix or a file of your own; raises DataError. `limit` draws that many by
     index before any picture is touched, never a prefix, because sets are ordered. Drawn rows that cannot be used, all
-    pictures decoded, stop the load, or are left out if `on_bad_row` is "skip"."""
+    pictures decoded, stop the load, or are left out if `on_bad_row` is "skip". Problems that share a picture with an
+    earlier part or, in a training set, with a benchmark are dropped; a benchmark is never cut."""
     demand(on_bad_row in ("stop", "skip"), f"on_bad_row is {on_bad_row!r}; it can be stop or skip.")
     parts = [(_Table(part), size) for part, size in check(name)]
     slots = [(k, id) for k, (table, size) in enumerate(parts) for id in _draw(list(table.rows), size, seed)]
     drawn = set(_draw(slots, limit, seed))
-    problems, bad, owners = [], [], {}
+    problems, bad, owners = [], [], {}  # owners: digest of a picture -> the set that it was first seen in
     for k, (table, _) in enumerate(parts):
-        problems += _without_copies(table, table.load([id for id in table.rows if (k, id) in drawn]), owners)
+        fresh = table.load([id for id in table.rows if (k, id) in drawn])
         bad += table.bad
+        known = owners | (_evaluation_images() if table.source.training else {})
+        dropped = Counter()
+        for problem in fresh:
+            digests = list(map(digest, problem.images))
+            shared = [known[key] for key in digests if key in known and not table.benchmark]
+            dropped.update(shared[:1])
+            if not shared:
+                problems.append(problem)
+                owners.update(dict.fromkeys(digests, problem.source))
+        for owner, count in dropped.items():
+            log.warning(f"{table.name}: {count} of {len(fresh)} problems share an image with {owner}: dropped")
     if bad:
         first = "; ".join(bad[:4] + ["..."] * (len(bad) > 4))
         told = f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {first}"
@@ -172,8 +179,6 @@ def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "
 def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures") -> list[str]:
     """What is wrong with the first bad picture of each group, "" if none is. Each is decoded, in threads; sound ones
     are remembered in CACHE by their digests, and not decoded again."""
-    from tqdm import tqdm
-
     memory, fresh = CACHE / "pictures.txt", set()
     known = set(memory.read_text(encoding="utf-8").split()) if memory.exists() else set()
 
@@ -225,24 +230,6 @@ def _draw(items: list, count: int | None, seed: int) -> list:
     return items if count is None else random.Random(seed).sample(items, min(count, len(items)))
 
 
-def _without_copies(table: _Table, fresh: list[Problem], owners: dict[str, str]) -> list[Problem]:
-    """The problems of a part, but for those that share a picture with an earlier part or, in a training set, with a
-    benchmark; a benchmark is never cut. `owners`, to which the kept are added: digest of a picture -> its set."""
-    known = owners | _evaluation_images() if table.source.training else dict(owners)
-    kept, dropped = [], Counter()
-    for problem in fresh:
-        digests = list(map(digest, problem.images))
-        shared = [] if table.benchmark else [known[key] for key in digests if key in known]
-        if shared:
-            dropped[shared[0]] += 1
-        else:
-            kept.append(problem)
-            owners.update(dict.fromkeys(digests, problem.source))
-    for owner, count in dropped.items():
-        log.warning(f"{table.name}: {count} of {len(fresh)} problems share an image with {owner}: dropped")
-    return kept
-
-
 def _fetch(name: str, offline: bool) -> Path:
     """The folder of the set in the Hub's cache, downloaded if need be."""
     from huggingface_hub import constants, errors, snapshot_download
@@ -270,8 +257,7 @@ def _fetch(name: str, offline: bool) -> Path:
 
 
 class _Table:
-    """A set or a file: `rows` maps ids to the numbers of its rows, or to problems that are made; `bad` names rows that
-    cannot be used."""
+    """A set or a file: `rows` are the numbers, or the made problems, of its ids; `bad` names rows that are unusable."""
 
     def __init__(self, name: str, offline: bool = False):
         self.name, self.source, self.made, self.bad = Path(name).name, SETS.get(name, OWN), name in MADE, []
@@ -342,16 +328,14 @@ class _Table:
         cells = _cells(row, source.options)
         given = _options(cells)
         demand(given or not cells, f"has the options {cells[:1]}: make them a list, or write A., B., ... before each")
-        options = given or _options([question])
-        letter = _letter(gold, options)
-        if not letter and not given:  # what the question lists need not be options
-            options, letter = [], _letter(gold, [])
+        for options in [given] if given else [_options([question]), []]:  # what a question lists need not be options
+            if letter := _letter(gold, options):
+                break
         kind = declared or source.default_kind or ("math" if FORMULA.search(gold) else "text")
         if letter and declared != "math" and "text" not in (declared, source.default_kind):
             kind, answers = "choice", [letter]
         elif kind == "choice" or (given and not declared):
             raise DataError(f"has the answer {gold!r}, which is neither a letter nor an option")
-
         letters = list(ascii_uppercase[: len(options)])
         listed = "".join(f"\n{letter}. {text}" for letter, text in zip(letters, given))
         if given and all(map(TAG.fullmatch, given)):  # each a picture of its own, or all drawn in a single one
@@ -406,9 +390,9 @@ def _rows(path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
             found = json.loads(line) if line.strip() else []
         except ValueError as error:
             raise DataError(f"has no JSON in line {number}: {error}") from error
-        rows += found if isinstance(found, list) else [found]
-    for number, row in enumerate(rows):
-        demand(isinstance(row, dict), f"has a row {number} that is no object with named fields")
+        for row in found if isinstance(found, list) else [found]:
+            demand(isinstance(row, dict), f"has a row {len(rows)} that is no object with named fields")
+            rows.append(row)
     return list(dict.fromkeys(key for row in rows for key in row)), rows
 
 
@@ -450,7 +434,7 @@ def _content(content: object) -> tuple[str, list]:
         return "" if content is None else str(content), []
     text, tagged, images = "", "", []
     for part in content if isinstance(content, list) else [content]:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        part = {"text": part} if isinstance(part, str) else part
         kind = next(filter(None, [part.get("type"), part.get("role"), *part]), None) if isinstance(part, dict) else part
         if kind == "text" and isinstance(part.get("text"), str):
             text, tagged = text + part["text"], tagged + part["text"]
@@ -480,8 +464,7 @@ def _placed(text: str, images: tuple) -> tuple[str, tuple]:
 
 
 def picture(cell: object, folder: Path, members: dict[str, zipfile.ZipFile] | None = None) -> bytes | Path:
-    """The picture of a cell: bytes, {bytes, path}, the path of a file (from `folder`, or absolute) or of a member of an
-    archive, a file: or data: address, or base64."""
+    """The picture of a cell: bytes, the path of a file or of an archive's member, a file: or data: address, base64."""
     ref = next(iter(_leaves(cell)), b"")
     if ref and isinstance(ref, bytes):
         return ref
@@ -500,8 +483,7 @@ def picture(cell: object, folder: Path, members: dict[str, zipfile.ZipFile] | No
 
 
 def _letter(gold: str, options: list[str]) -> str:
-    """The letter that a gold means, "" if none: B, (B), B. blue, or the text of an option. A letter in the range of the
-    options is that letter, whatever their texts are."""
+    """The letter that a gold means, "" if none: B, (B), B. blue, or else the text of an option."""
     letters = ascii_uppercase[: len(options) or 10]
     marked = re.fullmatch(r"\(?([A-Z])[).:]*(?:\s+(.+))?", gold, re.DOTALL)
     if marked and marked[1] in letters and marked[2] in (None, *options[letters.index(marked[1]) :][:1]):
@@ -554,8 +536,8 @@ def _evaluation_images() -> dict[str, str]:
 
 # --- Trajectories as messages ----------------------------------------------------------------------------------------
 def to_messages(problem: Problem, turns: Iterable[str | Observation], folder: Path) -> list[dict]:
-    """A trajectory in Qwen's message format: system, user, then assistant and tool in turn. Pictures are paths relative
-    to `folder`, in which they are stored under their digests; a tool's precede its text."""
+    """A trajectory in Qwen's message format. Pictures are stored in `folder`, and named by paths relative to it; a
+    tool's precede its text."""
 
     def shown(image: bytes | Path | Image.Image) -> dict:
         if isinstance(image, Image.Image):  # a tool's
@@ -592,9 +574,9 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def read_trajectory(row: dict, folder: Path) -> Trajectory:
-    """The trajectory of a row {messages} in Qwen's or OpenAI's format; its texts begin behind `<think>`, its pictures
-    are encoded or files. They may also stand beside the messages, as `images`; a tool's precede its text. A first
-    system message is left out, as the policy has its own. DataError for any other row: nothing is dropped unsaid."""
+    """The trajectory of a row {messages} in Qwen's or OpenAI's format; its texts begin behind `<think>`. Pictures may
+    also stand beside the messages, as `images`. A first system message is left out, as the policy has its own.
+    DataError for any other row: nothing else is dropped."""
     understood = {"role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name", "id"}
     messages = row.get("messages") if isinstance(row.get("messages"), list) else []
     demand({*map(type, messages)} == {dict}, "lacks 'messages', a list of {role, content}")
@@ -603,8 +585,7 @@ def read_trajectory(row: dict, folder: Path) -> Trajectory:
     for message in messages[messages[0].get("role") == "system" :]:
         text, cells = _content(message.get("content"))
         framed = re.fullmatch(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", text, re.DOTALL)
-        role = message.get("role")
-        role = "tool" if framed and asked and role == "user" else role
+        role = "tool" if framed and asked and message.get("role") == "user" else message.get("role")
         due = "user" if not asked else "assistant" if len(turns) % 2 == 0 else "tool"
         demand(role == due, f"has a message of {role!r} where one of {due!r} must stand: {text[:60]!r}")
         for key in message:
@@ -629,8 +610,7 @@ def read_trajectory(row: dict, folder: Path) -> Trajectory:
 
 
 def _turn(message: dict, text: str) -> str:
-    """The assistant's text from behind `<think>` on, up to where the turn ends. The thinking may stand in the text or
-    beside it, or be absent; so may the call."""
+    """The assistant's text from behind `<think>` on. The thinking and the call stand in it, or beside it."""
     text = re.sub(r"\s*(<\|im_end\|>\s*)?$", "", text)
     thought = message.get("reasoning_content") or message.get("reasoning") or ""
     if text.lstrip().startswith("<think>") and not thought:
@@ -872,11 +852,10 @@ def _words(text: str) -> list[str]:
 
 # --- The toy world: the Thinking-Acting gap in miniature -------------------------------------------------------------
 # A name decides what a tool must be asked: where the flag of Mira stands (image_zoom_in), how many eggs a box of Mira
-# holds (python), who runs the fair of Mira (tavily-search). There are four candidates each time, and a wrong one
-# returns an answer that looks as good and is wrong. Four people are the same in every town, so the teacher's
-# trajectories teach how to call for them ("familiar"). The newcomers are somebody else in every town the teacher wrote
-# from, so SFT leaves a call for them a guess among four ("hidden"); RL and evaluation happen in one town, where it can
-# be found out. Between these stand questions that thinking alone answers, and for which a call only misleads ("known").
+# holds (python), who runs the fair of Mira (tavily-search). Three of four candidates are wrong, and answer as well. The
+# residents are the same in every town, so the teacher's trajectories teach how to call for them ("familiar"). The
+# newcomers are somebody else in every town the teacher wrote from, so SFT leaves a call for them a guess ("hidden"); RL
+# and evaluation happen in one town, where it can be found out. Other questions need no call, which misleads ("known").
 RESIDENTS = ("Mira", "Ivo", "Tess", "Rolf")
 NEWCOMERS = ("Una", "Pia", "Kurt")
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 80, 220)}
@@ -887,10 +866,8 @@ TOWNS = ("Rome", "Oslo", "Lima")
 SEASONS = ("spring", "summer", "winter")
 FAIR_RNG = random.Random("fairs")
 FAIRS = {(host, year): FAIR_RNG.choice(TOWNS) for host in range(4) for year in range(10, 100)}  # for the corpus
-RESULTS = {  # of the four candidates, for each number that a question may name
-    "reasoning": {n: tuple(str(n % box) for box in BOXES) for n in range(10, 100)},
-    "search": {n: tuple(FAIRS[host, n] for host in range(4)) for n in range(10, 100)},
-}
+REMAINDERS = {n: tuple(str(n % box) for box in BOXES) for n in range(10, 100)}  # of the four candidates
+RESULTS = {"reasoning": REMAINDERS, "search": {n: tuple(FAIRS[host, n] for host in range(4)) for n in REMAINDERS}}
 ANSWERS = {"perception": tuple(COLOURS), "reasoning": ("1", "2", "3"), "search": TOWNS}  # of each family
 SHARES = {"known": 0.45, "familiar": 0.15, "hidden": 0.40}  # of the problems
 TOOL_TRIES = {"known": 0.3, "familiar": 0.15, "hidden": 0.13}  # of the teacher, before what is wrong is dropped
@@ -899,8 +876,8 @@ ANSWER_TURN = "%s %s.\n</think>\n\n<answer>\\boxed{%s}</answer>"
 
 
 def draw_town(flags: tuple[str, ...], ground: str, rng: random.Random) -> bytes:
-    """A 448 x 448 picture of four houses, each with a flag of 6 pixels: a faint tint on a white dot at the 64 x 64 that
-    the toy model sees, plain in a crop. Confetti of the flags' own colours and size makes it fainter still."""
+    """Four houses, each with a flag of 6 pixels: a faint tint at the 64 x 64 that the toy model sees, plain in a crop.
+    Confetti of the flags' own colours and size makes it fainter still."""
     image = Image.new("RGB", (448, 448), tuple(120 + c // 2 for c in COLOURS[ground]))
     draw = ImageDraw.Draw(image)
     for _ in range(300):
@@ -920,8 +897,7 @@ def draw_town(flags: tuple[str, ...], ground: str, rng: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class ToyProblem(Problem):
-    """A toy problem with what its author knows: the level, which candidate is right, and the answer that each of the
-    four leads to."""
+    """With what its author knows: which of four candidates is right, and the answer that each of them leads to."""
 
     level: str = ""
     right: int = 0
@@ -947,20 +923,17 @@ def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: s
     else:
         if level == "known":
             name = "ten" if family == "reasoning" else SEASONS[TOWNS.index(answer)]
-
-        def fits(n: int) -> bool:
-            held_out = zlib.crc32(f"{name} {n}".encode()) % 3 == 0  # a third, for evaluation
-            if split != "sft" and held_out != (split == "test"):
-                return False
-            if level == "known":
-                return family == "search" or n % 10 == int(answer)
-            return RESULTS[family][n][right] == answer and RESULTS[family][n].count(answer) == 1
-
-        fitting = list(filter(fits, RESULTS[family]))
+        results = RESULTS[family]
+        held_out = {n for n in results if zlib.crc32(f"{name} {n}".encode()) % 3 == 0}  # a third, for evaluation
+        fitting = [n for n in results if split == "sft" or (split == "test") == (n in held_out)]
+        if level != "known":
+            fitting = [n for n in fitting if results[n][right] == answer and results[n].count(answer) == 1]
+        elif family == "reasoning":
+            fitting = [n for n in fitting if n % 10 == int(answer)]
         if not fitting:
             return toy_problem(id, family, level, newcomers, split, rng)
         n = rng.choice(fitting)
-        outcomes = RESULTS[family][n]
+        outcomes = results[n]
         question = f"Where was the fair of {name} of {n}?"
         if family == "reasoning":
             question = f"How many of {n} eggs are left over in boxes of {name}?"
@@ -969,8 +942,7 @@ def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: s
 
 
 def toy_problems(split: str, count: int, seed: int = 0) -> list[ToyProblem]:
-    """`count` problems of a split: "sft" (every problem in a town of its own), "train" and "test" (one town, whose
-    newcomers RL can get to know; no question, or picture, is in both)."""
+    """Problems of "sft", each in a town of its own, or of "train" or "test", all in one, with no question in both."""
     rng = random.Random(f"{split}-{seed}")
     home = random.Random("home").sample(range(4), len(NEWCOMERS))
     problems = []
@@ -1036,9 +1008,9 @@ TAG_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response
 
 
 def toy_model(seed: int = 0):
-    """(model, tokenizer, image processor): transformers' own Qwen3-VL class, tiny and randomly initialised, and a
-    tokenizer in Qwen's format whose words are the toy world's own: one token for each name, colour, digit, ... and for
-    each run of text between them, bytes for anything else, and Qwen's control tokens under their own names."""
+    """(model, tokenizer, image processor): transformers' own Qwen3-VL class, tiny and randomly initialised; one token
+    for each name, colour, digit, ... of the toy world, for each run of text between them and for Qwen's control tokens,
+    bytes for anything else."""
     import torch
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -1051,8 +1023,8 @@ def toy_model(seed: int = 0):
     texts = [SYSTEM_PROMPT, *re.findall("'([^']*)'", CHAT_TEMPLATE), *map(json.dumps, SCHEMAS), *words]
     for problem in toy_problems("sft", 60):
         texts += [problem.question.removeprefix(MARKER), TOOL_TURN % toy_call(problem, 0)]
-    texts += [ANSWER_TURN % (how, "red", "red") for how in ("It says", "It may be")]
     texts += [f"1. {host} fair 1\nhttps://fairs.example/{host.lower()}/1\nHeld in" for host in HOSTS]
+    texts += [ANSWER_TURN % (how, "red", "red") for how in ("It says", "It may be")]
     texts += ["Image 1: zoomed crop of image 0."]
     cut = "|".join(map(re.escape, CONTROL_TOKENS + TAG_TOKENS))
     parts = [part for text in texts for part in re.split(cut, text.replace("\\n", "\n"))]
@@ -1091,8 +1063,7 @@ def toy_model(seed: int = 0):
 
 
 def toy_recipe(folder: Path) -> dict:
-    """Defaults of Config where the data is the toy world: sizes and rates for half a million weights on two cores, and
-    the search corpus (JSONL of title, url, text), which is written into the folder."""
+    """Defaults of Config for half a million weights on two cores, and the search corpus, written into the folder."""
     text = ""
     for (host, year), town in FAIRS.items():
         url = f"https://fairs.example/{HOSTS[host].lower()}/{year}"
