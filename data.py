@@ -5,10 +5,9 @@
     load("mine.jsonl")                a file of your own (.jsonl, .json, .parquet, .csv or .tsv), a problem per row; its
                                       columns can have the names in Source, and any other column is named in the log
 
-Questions are stored complete, options included, without instructions, and hold one MARKER per picture where it stands.
-Where the paper leaves its data open: MMSearch keeps its text-only rows, DynaMath is variant 1, HR-Bench keeps one of
-four orders in which it asks each question, so its figure is not the mean over four that others publish, and FVQA's
-aliases, neighbouring years among them, are taken as they are. The toy world, which needs no download, comes last.
+Questions are stored complete, options included, without instructions. Where the paper leaves its data open: MMSearch
+keeps its text-only rows, DynaMath is variant 1, HR-Bench keeps one of four orders in which it asks each question, so
+its figure is not the mean over four that others publish, and FVQA's aliases, neighbouring years among them, stay.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import logging
 import os
 import random
 import re
-import sys
 import unicodedata
 import zipfile
 import zlib
@@ -105,7 +103,6 @@ class Source:
 FORMULA = re.compile(r"[\\=^+*/<>]|^[^A-Za-z]*\d[^A-Za-z]*[A-Za-z]*\W*$")  # has its sign, or a number and one word
 BOXED = re.compile(r"\A\$*\s*\\boxed\s*\{(?![^{]*\}.*\})((?:(?!\\boxed).)*)\}\s*\$*\Z", re.DOTALL)  # as a whole
 FIELDS = ("id", "question", "answers", "category", "options", "kind", "cycle", "images")  # the last is read on demand
-VSTAR_PROMPT = "Answer with the option's letter from the given choices directly."
 OWN = Source(text_only=True)  # a file of one's own
 # fmt: off
 SETS = {
@@ -126,12 +123,10 @@ SETS = {
                       revision="812ec617dea4bc8a4e751663b88e4ebb7de4d00e"),
     "fvqa": Source("lmms-lab/FVQA", "fvqa_train.parquet", 4856, "text", training=True,
                    revision="bb4a4ff4c9c3fd0382d11f5d7fccd66d0b8428b5"),
-    "pyvision": Source(  # the name of the image archive stands nowhere: any zip, or the folder that it unpacks to
-        "Agents-X/PyVision-Image-RL-Data", "pyvision_image_rl_data.json",
-        extra=("*.zip", "pyvision_image_rl_data/*"), training=True),
-    "mmfinereason": Source(
-        "OpenDataArena/MMFineReason-SFT-123K-Qwen3-VL-235B-Thinking", "data/train-*.parquet", text_only=True,
-        training=True, revision="cda6140bfba449bef9e57065a528b7424966e144"),
+    "pyvision": Source("Agents-X/PyVision-Image-RL-Data", "pyvision_image_rl_data.json", training=True,
+                       extra=("*.zip", "pyvision_image_rl_data/*")),  # the name of the archive stands nowhere
+    "mmfinereason": Source("OpenDataArena/MMFineReason-SFT-123K-Qwen3-VL-235B-Thinking", "data/train-*.parquet",
+                           text_only=True, training=True, revision="cda6140bfba449bef9e57065a528b7424966e144"),
 }
 # fmt: on
 MIXES = {"paper-sft": "virl39k,fvqa,pyvision", "paper-rl": "virl39k,fvqa,pyvision,mmfinereason:22000"}
@@ -141,17 +136,20 @@ MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not sour
 
 
 def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "stop") -> list[Problem]:
-    """Problems of a set, a mixture, a paper's mix or a file of your own; raises DataError. `limit` draws that many by
-    index before any picture is touched, never a prefix, because sets are ordered. Drawn rows that cannot be used, all
-    pictures decoded, stop the load, or are left out if `on_bad_row` is "skip". Problems that share a picture with an
-    earlier part or, in a training set, with a benchmark are dropped; a benchmark is never cut."""
+    """Problems of a set, a mixture or a file of your own; raises DataError. `limit` draws that many before any picture
+    is touched, never a prefix, because sets are ordered. Rows that cannot be used stop the load, or are left out if
+    `on_bad_row` is "skip". Problems that share a picture with an earlier part or, in a training set, with a benchmark
+    are dropped; a benchmark is never cut."""
     demand(on_bad_row in ("stop", "skip"), f"on_bad_row is {on_bad_row!r}; it can be stop or skip.")
     parts = [(_Table(part), size) for part, size in check(name)]
-    slots = [(k, id) for k, (table, size) in enumerate(parts) for id in _draw(list(table.rows), size, seed)]
-    drawn = set(_draw(slots, limit, seed))
+    ids = [id for table, size in parts for id in _draw(list(table.rows), size, seed)]
+    twice = [id for id, count in Counter(ids).items() if count > 1]  # sampling and resuming hang on the id
+    if twice:
+        raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
+    drawn = set(_draw(ids, limit, seed))
     problems, bad, owners = [], [], {}  # owners: digest of a picture -> the set that it was first seen in
-    for k, (table, _) in enumerate(parts):
-        fresh = table.load([id for id in table.rows if (k, id) in drawn])
+    for table, _ in parts:
+        fresh = table.load([id for id in table.rows if id in drawn])
         bad += table.bad
         known = owners | (_evaluation_images() if table.source.training else {})
         dropped = Counter()
@@ -169,16 +167,12 @@ def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "
         told = f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {first}"
         demand(on_bad_row == "skip", f"{told}. Mend them, or leave them out with `--on_bad_row skip`.")
         log.warning("Left out: %s", told)
-    ids = Counter(problem.id for problem in problems)
-    if twice := [id for id, count in ids.items() if count > 1]:  # what is sampled, and where a run goes on, hangs on it
-        raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
     demand(problems, f"No problem of {name} is left.")
     return problems
 
 
 def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures") -> list[str]:
-    """What is wrong with the first bad picture of each group, "" if none is. Each is decoded, in threads; sound ones
-    are remembered in CACHE by their digests, and not decoded again."""
+    """What is wrong with the first bad picture of each group, "" if none is. What could be decoded is remembered."""
     memory, fresh = CACHE / "pictures.txt", set()
     known = set(memory.read_text(encoding="utf-8").split()) if memory.exists() else set()
 
@@ -213,8 +207,7 @@ def digest(ref: bytes | Path) -> str:
 
 
 def check(name: str) -> list[tuple[str, int | None]]:
-    """The parts of a mixture, each a set or a file, and how many of its problems (None: all). Raises DataError unless
-    all are known, and loads nothing."""
+    """(set or file, number of problems or None for all) of each part of a mixture; DataError if one is unknown."""
     parts = []
     for part in map(str.strip, MIXES.get(name, name).split(",")):
         what, _, size = (part, "", "") if Path(part).is_file() else part.partition(":")
@@ -236,7 +229,6 @@ def _fetch(name: str, offline: bool) -> Path:
 
     source = SETS[name]
     wanted = [source.files, *source.extra]
-    included = "' '".join(wanted)
     where = {"repo_id": source.repo, "repo_type": "dataset", "revision": source.revision}
     try:
         folder = Path(snapshot_download(**where, allow_patterns=wanted, local_files_only=offline))
@@ -252,7 +244,7 @@ def _fetch(name: str, offline: bool) -> Path:
     raise DataError(
         f"{name}: {source.files} of {source.repo} is not in the cache and cannot be reached; with a network, run "
         f"`hf download {source.repo} --repo-type dataset --revision {source.revision or 'main'} "
-        f"--include '{included}'`, which fills {constants.HF_HUB_CACHE}."
+        f"--include {' '.join(map(repr, wanted))}`, which fills {constants.HF_HUB_CACHE}."
     )
 
 
@@ -261,7 +253,7 @@ class _Table:
 
     def __init__(self, name: str, offline: bool = False):
         self.name, self.source, self.made, self.bad = Path(name).name, SETS.get(name, OWN), name in MADE, []
-        self.benchmark = name in SETS and not self.source.training
+        self.benchmark = name in SETS and not self.source.training  # of which all rows count
         self.rows = {problem.id: problem for problem in MADE[name]()} if self.made else {}
         if self.made:
             return
@@ -277,10 +269,8 @@ class _Table:
             id += f"#{index}" if id in self.rows else ""  # whoever keeps records by id relies on it
             if _cells(row, self.source.answers) or not self.source.training:
                 self.rows[id] = index
-        expected = self.source.count
-        demand(
-            count == (expected or max(count, 1)), f"{self.name}: {count} problems, expected {expected or 'at least 1'}."
-        )
+        expected = self.source.count or max(count, 1)
+        demand(count == expected, f"{self.name}: {count} problems, expected {self.source.count or 'at least 1'}.")
         if len(self.rows) < count:
             log.warning("%s: %d problems without an answer were dropped", self.name, count - len(self.rows))
 
@@ -312,7 +302,7 @@ class _Table:
         """The problem that a row holds; DataError says what is wrong with it."""
         source = self.source
         question, shown = _content(next(filter(None, map(row.get, source.question.split("|"))), ""))
-        question = question.replace(VSTAR_PROMPT, "").strip()
+        question = question.replace("Answer with the option's letter from the given choices directly.", "").strip()
         answers = [BOXED.sub(r"\1", cell).strip() for cell in _cells(row, source.answers)]
         answers = list(dict.fromkeys(filter(None, answers)))
         demand(answers, "has no answer")
@@ -322,11 +312,9 @@ class _Table:
         images = tuple(picture(cell, self.folder, members) for cell in cells)
         demand(images or source.text_only, "has no image")
 
-        declared = "".join(_cells(row, source.kind)).lower()
-        declared = declared if declared in ("math", "choice", "text") else ""
+        declared = "".join({"math", "choice", "text"} & {cell.lower() for cell in _cells(row, source.kind)})
         gold = answers[0]
-        cells = _cells(row, source.options)
-        given = _options(cells)
+        given = _options(cells := _cells(row, source.options))
         demand(given or not cells, f"has the options {cells[:1]}: make them a list, or write A., B., ... before each")
         for options in [given] if given else [_options([question]), []]:  # what a question lists need not be options
             if letter := _letter(gold, options):
@@ -345,8 +333,7 @@ class _Table:
         options = tuple(options) if kind == "choice" else ()
         category = " ".join(_cells(row, source.category))
         problem = Problem(id, question, images, tuple(answers), kind, options, id.partition("/")[0], category)
-        usable = self.benchmark or answerable(problem)  # of a benchmark all rows count
-        demand(usable, f"has the answer {gold!r}, which no rule can grade right")
+        demand(self.benchmark or answerable(problem), f"has the answer {gold!r}, which no rule can grade right")
         return problem
 
     def _scan(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict]]:
@@ -380,7 +367,7 @@ def _rows(path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
         batches = file.iter_batches(batch_size=16, columns=columns)
         return file.schema_arrow.names, (row for batch in batches for row in batch.to_pylist())
     if kind in (".tsv", ".csv"):
-        csv.field_size_limit(sys.maxsize)
+        csv.field_size_limit(1 << 31)
         reader = csv.DictReader(path.open(newline="", encoding="utf-8-sig"), delimiter="," if kind == ".csv" else "\t")
         return reader.fieldnames or [], reader  # unlike pandas, csv leaves an option "None" a text
     text = path.read_text(encoding="utf-8-sig")
@@ -430,8 +417,7 @@ def _leaves(value: object) -> list[str | bytes]:
 def _content(content: object) -> tuple[str, list]:
     """(text, cells of pictures) of a question or a message: a text, parts, or a chat of one user's message. A picture
     among the parts leaves a tag in its place, unless the text has tags of its own."""
-    if not isinstance(content, (list, dict)):
-        return "" if content is None else str(content), []
+    content = content if isinstance(content, (list, dict)) else str(content or "")
     text, tagged, images = "", "", []
     for part in content if isinstance(content, list) else [content]:
         part = {"text": part} if isinstance(part, str) else part
@@ -449,10 +435,9 @@ def _content(content: object) -> tuple[str, list]:
 
 
 def _placed(text: str, images: tuple) -> tuple[str, tuple]:
-    """The text with a MARKER where each picture's tag stands, or in front if it has no tags, and the pictures in their
-    order. In a text without pictures a tag stands for nothing, and is written in square brackets."""
+    """The text with a MARKER for each picture, where its tag stands or in front, and the pictures in their order."""
     tags = list(TAG.finditer(text))
-    if not images:
+    if not images:  # a tag stands for nothing
         return TAG.sub(lambda tag: f"[{tag[0].strip('<>')}]", text), ()
     if not tags:
         return f"{MARKER}\n" * len(images) + text, images
@@ -513,8 +498,7 @@ def _options(cells: list[str]) -> list[str]:
 
 @cache
 def _evaluation_images() -> dict[str, str]:
-    """SHA-256 of each picture of the benchmarks in the Hub's cache -> set. The gigabytes are read once: CACHE holds the
-    digests of each set's commit. A set that is absent or incomplete is not compared, and named in the log."""
+    """Digest -> set of the benchmarks' pictures in the Hub's cache, read once for each commit of a set."""
     owners, absent = {}, []
     for name in MIXES["paper-eval"].split(","):
         try:
@@ -536,8 +520,7 @@ def _evaluation_images() -> dict[str, str]:
 
 # --- Trajectories as messages ----------------------------------------------------------------------------------------
 def to_messages(problem: Problem, turns: Iterable[str | Observation], folder: Path) -> list[dict]:
-    """A trajectory in Qwen's message format. Pictures are stored in `folder`, and named by paths relative to it; a
-    tool's precede its text."""
+    """A trajectory in Qwen's message format, with pictures as paths relative to `folder`, in which they are stored."""
 
     def shown(image: bytes | Path | Image.Image) -> dict:
         if isinstance(image, Image.Image):  # a tool's
@@ -555,11 +538,9 @@ def to_messages(problem: Problem, turns: Iterable[str | Observation], folder: Pa
     asked = [shown(next(images)) if piece == MARKER else {"type": "text", "text": piece} for piece in pieces]
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": asked}]
     for turn in turns:
-        if isinstance(turn, str):
-            messages.append({"role": "assistant", "content": f"<think>\n{turn}"})
-        else:
-            parts = [*map(shown, turn.images), {"type": "text", "text": turn.text}]
-            messages.append({"role": "tool", "content": parts})
+        said = isinstance(turn, str)
+        content = f"<think>\n{turn}" if said else [*map(shown, turn.images), {"type": "text", "text": turn.text}]
+        messages.append({"role": "assistant" if said else "tool", "content": content})
     return messages
 
 
@@ -574,9 +555,8 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def read_trajectory(row: dict, folder: Path) -> Trajectory:
-    """The trajectory of a row {messages} in Qwen's or OpenAI's format; its texts begin behind `<think>`. Pictures may
-    also stand beside the messages, as `images`. A first system message is left out, as the policy has its own.
-    DataError for any other row: nothing else is dropped."""
+    """The trajectory of a row {messages} in Qwen's or OpenAI's format, or DataError; its texts begin behind `<think>`.
+    Pictures may stand beside the messages, as `images`. Only a system message is dropped, as the policy has its own."""
     understood = {"role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name", "id"}
     messages = row.get("messages") if isinstance(row.get("messages"), list) else []
     demand({*map(type, messages)} == {dict}, "lacks 'messages', a list of {role, content}")
@@ -620,9 +600,8 @@ def _turn(message: dict, text: str) -> str:
     for call in message.get("tool_calls") or []:
         function = call.get("function", call)
         arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):
-                arguments = json.loads(arguments)
+        with contextlib.suppress(ValueError, TypeError):  # they may be written out
+            arguments = json.loads(arguments)
         usable = isinstance(function.get("name"), str) and isinstance(arguments, dict)
         demand(usable, f"has a call without a name or an object of arguments: {call}")
         written = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
@@ -856,14 +835,12 @@ def _words(text: str) -> list[str]:
 # residents are the same in every town, so the teacher's trajectories teach how to call for them ("familiar"). The
 # newcomers are somebody else in every town the teacher wrote from, so SFT leaves a call for them a guess ("hidden"); RL
 # and evaluation happen in one town, where it can be found out. Other questions need no call, which misleads ("known").
-RESIDENTS = ("Mira", "Ivo", "Tess", "Rolf")
-NEWCOMERS = ("Una", "Pia", "Kurt")
+RESIDENTS, NEWCOMERS = ("Mira", "Ivo", "Tess", "Rolf"), ("Una", "Pia", "Kurt")
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 80, 220)}
 PLACES = ((250, 250), (750, 250), (250, 750), (750, 750))  # centre of a flag in thousandths of width and height
 BOXES = (4, 5, 6, 7)  # eggs in a box
-HOSTS = ("Olin", "Rask", "Tovar", "Wend")
-TOWNS = ("Rome", "Oslo", "Lima")
-SEASONS = ("spring", "summer", "winter")
+HOSTS, TOWNS = ("Olin", "Rask", "Tovar", "Wend"), ("Rome", "Oslo", "Lima")
+SEASONS = ("spring", "summer", "winter")  # whose fairs are in these towns, as is known
 FAIR_RNG = random.Random("fairs")
 FAIRS = {(host, year): FAIR_RNG.choice(TOWNS) for host in range(4) for year in range(10, 100)}  # for the corpus
 REMAINDERS = {n: tuple(str(n % box) for box in BOXES) for n in range(10, 100)}  # of the four candidates
@@ -876,8 +853,7 @@ ANSWER_TURN = "%s %s.\n</think>\n\n<answer>\\boxed{%s}</answer>"
 
 
 def draw_town(flags: tuple[str, ...], ground: str, rng: random.Random) -> bytes:
-    """Four houses, each with a flag of 6 pixels: a faint tint at the 64 x 64 that the toy model sees, plain in a crop.
-    Confetti of the flags' own colours and size makes it fainter still."""
+    """Four houses with flags: plain in a crop, a faint tint among confetti at the 64 x 64 that the toy model sees."""
     image = Image.new("RGB", (448, 448), tuple(120 + c // 2 for c in COLOURS[ground]))
     draw = ImageDraw.Draw(image)
     for _ in range(300):
@@ -905,8 +881,7 @@ class ToyProblem(Problem):
 
 
 def toy_problem(id: str, family: str, level: str, newcomers: list[int], split: str, rng: random.Random) -> ToyProblem:
-    """Draw one problem; newcomer i stands for the candidate `newcomers[i]` in this town. Unless the answer is known,
-    all wrong candidates lead to wrong answers: a wrong call is worse than a guess."""
+    """Draw one; newcomer i stands for the candidate `newcomers[i]`. A wrong call always misleads."""
     right = rng.randrange(4)
     name = RESIDENTS[right]
     if level == "hidden":
@@ -966,19 +941,17 @@ def toy_call(problem: ToyProblem, candidate: int) -> str:
 
 
 def toy_trajectories(tools: ToolConfig, seed: int, count: int = 1600) -> list[Trajectory]:
-    """What a scripted teacher, right by luck or by knowledge, leaves for SFT. Like the paper's, only right trajectories
-    are kept, about a quarter of them with a tool call."""
+    """What a scripted teacher leaves for SFT: right trajectories only, about a quarter of them with a tool call."""
     rng = random.Random(f"teacher-{seed}")
     kept: list[Trajectory] = []
     while len(kept) < count:
         for problem in toy_problems("sft", count, rng.randrange(2**31)):
             known = problem.level == "known"
             candidate = rng.randrange(4) if known else problem.right
-            if calls := rng.random() < TOOL_TRIES[problem.level]:
-                answer = problem.outcomes[candidate]
-            else:
-                answer = problem.answers[0] if known else rng.choice(ANSWERS[problem.category])
-            if answer != problem.answers[0] or len(kept) == count:
+            calls, gold = rng.random() < TOOL_TRIES[problem.level], problem.answers[0]
+            thought = gold if calls or known else rng.choice(ANSWERS[problem.category])
+            answer = problem.outcomes[candidate] if calls else thought
+            if answer != gold or len(kept) == count:
                 continue
             turns: list[str | Observation] = [ANSWER_TURN % ("It says" if calls else "It may be", answer, answer)]
             if calls:
@@ -1008,9 +981,8 @@ TAG_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response
 
 
 def toy_model(seed: int = 0):
-    """(model, tokenizer, image processor): transformers' own Qwen3-VL class, tiny and randomly initialised; one token
-    for each name, colour, digit, ... of the toy world, for each run of text between them and for Qwen's control tokens,
-    bytes for anything else."""
+    """(model, tokenizer, image processor): a tiny Qwen3-VL with random weights; a token for each name, colour, digit of
+    the toy world, each run of text between them and each of Qwen's control tokens, bytes for anything else."""
     import torch
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -1037,7 +1009,6 @@ def toy_model(seed: int = 0):
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAG_TOKENS])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT_TEMPLATE
-
     token = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config={

@@ -34,6 +34,7 @@ from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import numpy as np
@@ -1638,21 +1639,18 @@ TURNS = [
     ("t</think><answer>\\boxed{" + "1" * 300 + "}</answer>", "1" * 300),
 ]
 MALFORMED = ["", "<answer>\\boxed{42}</answer>"] + ["t</think>" + tail for tail in (
-    "</think><answer>\\boxed{42}</answer>", "\\boxed{42}", "<answer>42</answer>", "<answer>\\boxed42</answer>",
-    "<answer>\\boxed{42</answer>", "<answer>\\boxed{}</answer>", "<answer>\\boxed{ }</answer>",
-    "<answer>\\boxed{41} or \\boxed{42}</answer>", "<answer>\\boxed{42}</answer> But wait",
-    "<answer>\\boxed{41}</answer><answer>\\boxed{42}</answer>", "<answer><answer>\\boxed{42}</answer>",
-    "<answer>\\boxed{42}</answer></answer>", "<think><answer>\\boxed{42}</answer>", "</answer>\\boxed{42}<answer>",
-    "<tool_call><answer>\\boxed{42}</answer>", "<tool_response><answer>\\boxed{42}</answer>",
-    "<answer>\\boxed{42}</answer><|im_end|>", "<answer>\\boxed{" + "1" * 301 + "}</answer>",
+    "</think><answer>\\boxed{42}</answer>", "\\boxed{42}", "<answer>42</answer>", "<answer>\\boxed42</answer>", "<answer>\\boxed{42</answer>",
+    "<answer>\\boxed{}</answer>", "<answer>\\boxed{ }</answer>", "<answer>\\boxed{41} or \\boxed{42}</answer>", "<answer>\\boxed{42}</answer> But wait",
+    "<answer>\\boxed{41}</answer><answer>\\boxed{42}</answer>", "<answer><answer>\\boxed{42}</answer>", "<answer>\\boxed{42}</answer></answer>",
+    "<think><answer>\\boxed{42}</answer>", "</answer>\\boxed{42}<answer>", "<tool_call><answer>\\boxed{42}</answer>",
+    "<tool_response><answer>\\boxed{42}</answer>", "<answer>\\boxed{42}</answer><|im_end|>", "<answer>\\boxed{" + "1" * 301 + "}</answer>",
 )]
-# question, gold, answer, right
-QUESTIONS = [
-    ("What percentage is red?", "50", "50%", True), ("What percentage is red?", "50%", "0.5", False),
-    ("After a 20% discount, what is the ratio?", "0.8", "80%", True), ("After a 20% discount, what is left of 80?", "80", "80%", False),
-    ("Expand $(x+1)^2$.", "x^2+2x+1", "(x+1)^2", False), ("Expand $(x+1)^2$.", "x^2+2x+1", "1+2x+x^2", True),
-    ("Compute $\\sqrt{8}+\\sqrt{2}$.", "3\\sqrt{2}", "(\\sqrt8 + \\sqrt2)", False), ("Compute $\\sqrt{8}+\\sqrt{2}$.", "3\\sqrt{2}", "\\sqrt{18}", True),
-]
+# question | gold | right answer or - | wrong answer or -
+QUESTIONS = r"""
+What percentage is red? | 50 | 50% | - || What percentage is red? | 50% | - | 0.5 || After a 20% discount, what is left of 80? | 80 | - | 80%
+After a 20% discount, what is the ratio? | 0.8 | 80% | - || Expand $(x+1)^2$. | x^2+2x+1 | 1+2x+x^2 | (x+1)^2
+Compute $\sqrt{8}+\sqrt{2}$. | 3\sqrt{2} | \sqrt{18} | (\sqrt8 + \sqrt2)
+"""
 BALLS = {"kind": "choice", "options": ("A red ball", "A blue ball", "12 cm", "None")}
 CHOSEN = r"""
 A | A | (A) | A. | A) | \text{A} | \textbf{(A)} | Option A | a | A red ball | Ａ | A. A red ball | (A) red ball | **A** | [A] | {A} | `A` | The answer is A
@@ -1687,17 +1685,12 @@ University of New Mexico | New Mexico || New South Wales | South Wales || World 
 Three Musketeers | 3 || 12 monkeys | 12 || 3 | three or four || 1.5 million | 1.5 | 1.5 billion || 30 km | 30 miles || $5 million | $5
 Mona Lisa | "Mona Lisa", "The Scream"
 """
-GOLDS = [
-    ("42", "math"), ("3/4", "math"), ("2\\sqrt{2}", "math"), ("(1,2)", "math"), ("1,2", "math"), ("x^2+1", "math"), ("15 cm", "math"), ("B", "choice"),
-    ("New York City", "text"), ("the old red lighthouse", "text"),
-]
-WRAPS = [
-    "{}", " {} ", "{}.", "${}$", "\\({}\\)", "\\displaystyle {}", "\\,{}\\,", "{}\\quad", "\n{}\n", "\\text{{{}}}", "\\mathrm{{{}}}", "\\textbf{{{}}}",
-]
+GOLDS = [("B", "choice"), ("New York City", "text"), ("the old red lighthouse", "text")]
+GOLDS += [(gold, "math") for gold in ("42", "3/4", "2\\sqrt{2}", "(1,2)", "1,2", "x^2+1", "15 cm")]
+WRAPS = ["{}", " {} ", "{}.", "${}$", "\\({}\\)", "\\displaystyle {}", "\\,{}\\,", "{}\\quad", "\n{}\n", "\\text{{{}}}", "\\mathrm{{{}}}", "\\textbf{{{}}}"]
 JOINTS = [" ", " or ", ", ", "; ", " and ", "/", " | ", "\n", "\\\\", " \\text{ or } ", " & ", "\\lor ", " (or "]
-PIECES = [*"0123456789(){}[]|^_-+*/=,.:;<>$%&!'\" \n\\~xeiAB½⁸−√π∞±≤٣①ﷺé\0\ud800#",
-    "\\frac", "\\frac{", "\\sqrt", "\\sqrt[", "\\text{", "\\left(", "\\cdot", "\\sin", "log_", "10^", "e999",
-    " or ", "1 234", "**", "\\{", "sin(", "ln(", "i^", "e^", "9**", "10^{999}", "((1,2),(3,4))", "x=", "1,", "tan(i+",
+PIECES = [*"0123456789(){}[]|^_-+*/=,.:;<>$%&!'\" \n\\~xeiAB½⁸−√π∞±≤٣①ﷺé\0\ud800#", "\\frac", "\\frac{", "\\sqrt", "\\sqrt[", "\\text{", "\\left(", "\\cdot",
+    "\\sin", "log_", "10^", "e999", " or ", "1 234", "**", "\\{", "sin(", "ln(", "i^", "e^", "9**", "10^{999}", "((1,2),(3,4))", "x=", "1,", "tan(i+",
     "\\rightarrow\\downarrow", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "million ", "three ", "Paris, France", "$$", "<x<", "3:30 pm", "()"]
 # fmt: on
 
@@ -1721,23 +1714,24 @@ def test_the_gate_opens_for_a_well_formed_turn_only():
     assert all(axpo.extract_answer(turn) is None and not axpo.grade(problem("42"), turn) for turn in MALFORMED)
 
 
-def test_equal_mathematics_is_right_and_different_or_uncomputed_is_wrong():
+def test_what_is_equal_is_right_and_what_is_different_or_uncomputed_or_hedged_is_wrong():
+    uk, jfk = ("UK", "United Kingdom"), ("JFK", "John F. Kennedy")
+    same, other = [(uk, "the United Kingdom"), (jfk, "John F Kennedy")], [(uk, "United States")]
     assert graded(pairs(RIGHT), 0.0) == graded(pairs(WRONG), 1.0) == []
-
-
-@pytest.mark.parametrize(("question", "gold", "answer", "right"), QUESTIONS)
-def test_the_question_decides_percent_and_copies(question, gold, answer, right):
-    assert axpo.grade(problem(gold, question=question), response(answer)) == right
-
-
-def test_the_tolerance_is_between_numbers_and_off_by_default():
-    assert not axpo.grade(problem("3.142"), response("3.1425"))
-    assert axpo.grade(problem("3.142"), response("3.1425"), tolerance=1e-3)
-    assert not axpo.grade(problem("3.142"), response("3.1435"), tolerance=1e-3)
-
-
-def test_a_letter_or_the_whole_option_is_right_but_no_hedge():
+    assert graded(pairs(SAME_TEXT) + same, 0.0, "text") == graded(pairs(OTHER_TEXT) + other, 1.0, "text") == []
     assert graded(pairs(CHOSEN), 0.0, **BALLS) == graded(pairs(NOT_CHOSEN), 1.0, **BALLS) == []
+
+
+def test_the_question_decides_percent_and_copies_and_a_tolerance_is_between_numbers_and_off_by_default():
+    for row in QUESTIONS.strip().replace("\n", " || ").split(" || "):
+        question, gold, *answers = row.split(" | ")
+        for answer, reward in zip(answers, (1.0, 0.0)):
+            assert answer == "-" or axpo.grade(problem(gold, question=question), response(answer)) == reward, answer
+    rewards = [axpo.grade(problem("3.142"), response(near), tolerance=1e-3) for near in ("3.1425", "3.1435")]
+    assert rewards == [1.0, 0.0] and not axpo.grade(problem("3.142"), response("3.1425"))
+
+
+def test_a_bare_letter_is_the_letter_where_options_are_drawn_or_shuffled():
     right, wrong = ["B", "B. UK", "(B) the red one"], ["B. or C", "B. not C", "Because", "B. UK, C. France", "UK"]
     for options in ((), ("<image2>", "<image3>", "<image4>")):  # in the figure
         drawn = {"kind": "choice", "options": options}
@@ -1753,12 +1747,6 @@ def test_a_gold_that_no_box_can_earn_is_named():
     assert data.answerable(problem("D", **BALLS)) and not data.answerable(problem("E", **BALLS))
 
 
-def test_the_same_short_text_is_right_and_another_wrong():
-    uk, jfk = ("UK", "United Kingdom"), ("JFK", "John F. Kennedy")
-    same, other = [(uk, "the United Kingdom"), (jfk, "John F Kennedy")], [(uk, "United States")]
-    assert graded(pairs(SAME_TEXT) + same, 0.0, "text") == graded(pairs(OTHER_TEXT) + other, 1.0, "text") == []
-
-
 @pytest.mark.parametrize(("gold", "kind"), GOLDS)
 def test_wrapping_keeps_a_right_answer_right_and_listing_several_answers_never_pays(gold, kind):
     for wrap in WRAPS[: -3 if "\\" in gold else None]:
@@ -1769,43 +1757,28 @@ def test_wrapping_keeps_a_right_answer_right_and_listing_several_answers_never_p
             assert axpo.grade(problem(gold, kind), response(both)) == 0.0, both
 
 
+def seconds(item, turn):
+    start = time.thread_time()
+    assert axpo.grade(item, turn) in (0.0, 1.0)
+    return time.thread_time() - start
+
+
 def test_no_answer_raises_or_takes_50_ms_and_a_thousand_take_less_than_a_second():
     rng = random.Random(0)
     answers = ["".join(rng.choices(PIECES, k=rng.randint(1, 200)))[:300] for _ in range(1000)]
-    answers += [(piece * 300)[:300] for piece in PIECES]
-    answers += [
-        ",0" * 150,
-        "(x^i)^" * 49 + "x",
-        "sin(e^(" * 30 + "x" + "))" * 30,
-        "i^" * 149 + "i",
-        "½" * 300,
-        "1" * 300,
-    ]
+    answers += [(piece * 300)[:300] for piece in [*PIECES, ",0", "½", "1"]]
+    answers += ["(x^i)^" * 49 + "x", "sin(e^(" * 30 + "x" + "))" * 30, "i^" * 149 + "i"]
     answers += [a * k + b + c * k for a, b, c, k in (("(1,", "2", ")", 75), ("{1,", "2", "}", 75), ("(", "", ")", 150), ("9^{", "9", "}", 90))]  # fmt: skip
     golds = [problem(gold, kind) for gold, kind in [*GOLDS, ("9^{9^{9}}", "math"), ("a,b,c,d,e,f,g,h,i,j", "math")]]
     golds.append(problem("A", **BALLS))
-    worst = (0.0, "")
     for k, answer in enumerate(answers):
         for item in (golds[k % len(golds)], problem(answer, ("math", "text")[k % 2])):
-            start = time.thread_time()
-            assert axpo.grade(item, response(answer)) in (0.0, 1.0)
-            worst = max(worst, (time.thread_time() - start, answer))
-    assert worst[0] < 0.05, worst
-    items, start = (
-        [(problem(gold), response(answer)) for gold, answer in pairs(RIGHT) + pairs(WRONG)],
-        time.thread_time(),
-    )
-    for item, turn in items * 4:
-        axpo.grade(item, turn)
-    assert 4 * len(items) / (time.thread_time() - start) > 1000
-
-
-@pytest.mark.parametrize("filler", ["a", "<", "<answer>", "\\boxed{", "{", "</answer>", " "])
-def test_a_long_response_takes_no_50_ms(filler):
-    turn = "t" * 500_000 + "</think>" + filler * (200_000 // len(filler)) + f"<answer>\\boxed{{1}}{filler}</answer>"
-    start = time.thread_time()
-    axpo.grade(problem("1"), turn)
-    assert time.thread_time() - start < 0.05
+            assert seconds(item, response(answer)) < 0.05, answer
+    for filler in ("a", "<", "<answer>", "\\boxed{", "{", "</answer>", " "):
+        turn = "t" * 500_000 + "</think>" + filler * (200_000 // len(filler)) + f"<answer>\\boxed{{1}}{filler}</answer>"
+        assert seconds(problem("1"), turn) < 0.05, filler
+    items = [(problem(gold), response(answer)) for gold, answer in pairs(RIGHT) + pairs(WRONG)] * 4
+    assert len(items) / sum(seconds(*item) for item in items) > 1000
 
 
 # --- Data sets, in each set's own schema, through the real Hub client over a local cache -------------------------------
@@ -1828,38 +1801,32 @@ def no_picture_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
 
 
-class Hub:
-    """A cache folder as the Hub client lays it out, with the network off."""
-
-    def __init__(self, root):
-        self.root = root
-
-    def write(self, name, file, content):
-        source = data.SETS[name]
-        repo, revision = self.root / f"datasets--{source.repo.replace('/', '--')}", source.revision or "0" * 40
-        path = repo / "snapshots" / revision / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (repo / "refs").mkdir(exist_ok=True)
-        (repo / "refs" / "main").write_text(revision)
-        write_rows(path, content)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
+    """Writes files of a set into a cache folder as the Hub client lays it out, with the network off."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("mathvr", "fvqa", "virl39k"):  # fewer rows, for speed
         monkeypatch.setitem(data.SETS, name, replace(data.SETS[name], count=120))
     data._evaluation_images.cache_clear()
-    return Hub(tmp_path / "hub")
+
+    def write(name, file, content):
+        source = data.SETS[name]
+        repo, revision = tmp_path / "hub" / f"datasets--{source.repo.replace('/', '--')}", source.revision or "0" * 40
+        for path in (repo / "refs" / "main", repo / "snapshots" / revision / file):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / "main").write_text(revision)
+        write_rows(path, content)
+
+    return write
 
 
 # fmt: off
 # The table's file and row k of each set, with every column that its card names (scores and web addresses apart).
 TABLES = {
     "mathvision": ("data/testmini-00000-of-00001-f8ff70fcb2f29b1d.parquet", lambda k: {
-        "id": str(k), "question": "Which? <image1>", "options": [["A", "B", "C"], [], ["2", "None", "NA"]][k % 3],
-        "image": "images/1.jpg", "decoded_image": cell(k), "answer": ["B", "4/3", "C"][k % 3], "subject": "algebra"}),
+        "id": str(k), "question": "Which? <image1>", "options": [["A", "B", "C"], [], ["2", "None", "NA"]][k % 3], "image": "images/1.jpg",
+        "decoded_image": cell(k), "answer": ["B", "4/3", "C"][k % 3], "subject": "algebra"}),
     "dynamath": ("data/sample1-00000-of-00001.parquet", lambda k: {
         "id": str(k), "question": "Q", "image": "i", "decoded_image": cell(k), "subject": "graph",
         "ground_truth": ["A", "3.142", "yes"][k % 3], "answer_type": ["multiple choice", "float", "text"][k % 3]}),
@@ -1870,30 +1837,25 @@ TABLES = {
         "text": "Hue?\n(A) red\n(B) blue\nAnswer with the option's letter from the given choices directly.",
         "image": f"direct_attributes/{k}.png", "category": "hue", "label": "AB"[k % 2], "question_id": k}),
     "visualprobe": ("val.json", lambda k: {
-        "images": ["VisualProbe_Hard/" * (k % 2) + f"data/{k}.png"], "doc_id": k, "problem": "<image>\nWhat number?",
-        "solution": "2563", "data_source": "hard"}),
+        "images": ["VisualProbe_Hard/" * (k % 2) + f"data/{k}.png"], "doc_id": k, "problem": "<image>\nWhat number?", "solution": "2563", "data_source": "hard"}),
     **{f"hrbench{size}": (f"hr_bench_{size}.tsv", lambda k: {
-        "index": k, "question": f"Q{k // 4}\nwhere?", "answer": "ABCD"[k % 4], "category": "single",
-        "A": "None", "B": "NA", "C": "5\t6", "D": "null", "cycle_category": f"cycle{k % 4}",
-        "image": base64.b64encode(png(k // 4)).decode()}) for size in ("4k", "8k")},
+        "index": k, "question": f"Q{k // 4}\nwhere?", "answer": "ABCD"[k % 4], "category": "single", "A": "None", "B": "NA", "C": "5\t6", "D": "null",
+        "cycle_category": f"cycle{k % 4}", "image": base64.b64encode(png(k // 4)).decode()}) for size in ("4k", "8k")},
     "hrmmsearch": ("data/train-00000-of-00001.parquet", lambda k: {
         "sample_id": k, "query": "Who?", "query_image": cell(k), "ground_truth": "Ada", "category": "person"}),
     "mmsearch": ("end2end.parquet", lambda k: {
-        "sample_id": k, "query": "Who?", "query_image": cell(k) if k < 171 else None, "image_search_result": cell(k),
-        "area": "news", "gt_answer": "Ada", "alternative_gt_answers": ["Lovelace", "Ada"]}),
+        "sample_id": k, "query": "Who?", "query_image": cell(k) if k < 171 else None, "image_search_result": cell(k), "area": "news",
+        "gt_answer": "Ada", "alternative_gt_answers": ["Lovelace", "Ada"]}),
     "virl39k": ("39Krelease.parquet", lambda k: {
         "qid": f"q{k}", "question": "<image>Which?\nA. one\nB. two", "category": "math", "image": [f"images/{k}.png"],
         "answer": ["\\boxed{B}", "\\boxed{\\frac{1}{2}}"][k % 2], "source": "s", "PassRate_32BTrained": None}),
     "fvqa": ("fvqa_train.parquet", lambda k: {
-        "prompt": [{"content": "<image>Who?", "role": "user"}], "images": [cell(3000 + k)], "data_id": f"f{k}",
-        "reward_model": {"ground_truth": "Ada", "candidate_answers": '["Ada Lovelace", "Ada"]', "style": "rule"},
-        "category": "search_free"}),
+        "prompt": [{"content": "<image>Who?", "role": "user"}], "images": [cell(3000 + k)], "data_id": f"f{k}", "category": "search_free",
+        "reward_model": {"ground_truth": "Ada", "candidate_answers": '["Ada Lovelace", "Ada"]', "style": "rule"}}),
     "pyvision": ("pyvision_image_rl_data.json", lambda k: {
-        "id": k, "question": "Q?", "answer": ["A", "red", "12"][k % 3], "ability": "search", "data_source": "d",
-        "image_path": f"pyvision_image_rl_data/{k}.png"}),
+        "id": k, "question": "Q?", "answer": ["A", "red", "12"][k % 3], "ability": "search", "data_source": "d", "image_path": f"pyvision_image_rl_data/{k}.png"}),
     "mmfinereason": ("data/train-00000-of-00002.parquet", lambda k: {
-        "id": str(k), "question": "Q <image>?", "answer": ["7", "", "blue", "B"][k % 4], "image": cell(12000 + k),
-        "source": "s", "pass_rate": 0.0}),
+        "id": str(k), "question": "Q <image>?", "answer": ["7", "", "blue", "B"][k % 4], "image": cell(12000 + k), "source": "s", "pass_rate": 0.0}),
 }
 # fmt: on
 LOOSE = {"vstar": "direct_attributes/{}.png", "visualprobe": "data/{}.png", "pyvision": "pyvision_image_rl_data/{}.png"}
@@ -1904,57 +1866,45 @@ def write_set(hub, name, change=lambda k, row: row):
     rows = 800 if name.startswith("hrbench") else data.SETS[name].count or 40
     file, make = TABLES[name]
     table = [row for k in range(rows) if (row := change(k, make(k)))]
-    if name == "mmfinereason":  # two shards
-        hub.write(name, "data/train-00001-of-00002.parquet", table[20:])
-        table = table[:20]
-    hub.write(name, file, table)
+    shard = 20 if name == "mmfinereason" else len(table)
+    hub(name, file, table[:shard])
+    if table[shard:]:
+        hub(name, "data/train-00001-of-00002.parquet", table[shard:])
     for k in range(rows if name in LOOSE else 0):
-        hub.write(name, LOOSE[name].format(k), png(k + 9000 * data.SETS[name].training))
+        hub(name, LOOSE[name].format(k), png(k + 9000 * data.SETS[name].training))
     if name == "virl39k":
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:
+        with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
             for k in range(rows):
                 archive.writestr(f"images/{k}.png", png(20000 + k))
-        hub.write(name, "images.zip", buffer.getvalue())
+        hub(name, "images.zip", buffer.getvalue())
 
 
 @pytest.mark.parametrize("name", list(data.SETS))
 def test_every_set_loads_from_files_of_its_own_schema(hub, name):
     write_set(hub, name)
     problems = data.load(name, limit=60, seed=1)
-    assert len(problems) == {"pyvision": 40, "mmfinereason": 30}.get(name, 60)
+    assert len(problems) == len({p.id for p in problems}) == {"pyvision": 40, "mmfinereason": 30}.get(name, 60)
     for problem in problems:
         assert problem.source == name and problem.answers and problem.category
         assert problem.question.count("<image>") == problem.question.count("<image") == len(problem.images)
         assert problem.kind != "choice" or problem.answers[0] in "ABCD"
         assert problem.images or name in ("mathvr", "mmsearch")
         assert all(data.open_image(ref).mode == "RGB" for ref in problem.images)
-    assert len({problem.id for problem in problems}) == len(problems)
     assert data.load(name, limit=60, seed=1) == problems
     drawn = data.load(name, limit=60, seed=2)
     assert len(problems) < 60 or drawn != problems != data.load(name)[:60]  # and no prefix
 
 
-def test_hrbench_keeps_one_of_four_orders_and_reads_none_as_text(hub):
-    write_set(hub, "hrbench4k")
-    problems = data.load("hrbench4k")
-    assert len(problems) == len({problem.question.split("\n")[1] for problem in problems}) == 200
-    assert problems[0].options == ("None", "NA", "5\t6", "null")
-    assert data._Table("hrbench4k").rows["hrbench4k/4"] == 4  # gigabytes, were its row kept with the picture
-    assert problems[0].question.endswith("where?\nA. None\nB. NA\nC. 5\t6\nD. null")
-
-
-def test_traps_aliases_parts_and_kinds_survive(hub):
-    for name in ("fvqa", "mathvr", "dynamath", "mathvision", "mmsearch", "virl39k", "pyvision", "vstar"):
+def test_traps_orders_aliases_parts_and_kinds_survive(hub):
+    for name in ["fvqa", "mathvr", "dynamath", "mathvision", "mmsearch", "virl39k", "pyvision", "vstar", "hrbench4k"]:
         write_set(hub, name)
-    hub.write("vstar", "direct_attributes/0.json", b'{"options": ["leaks the answer"]}')
-    assert {problem.answers for problem in data.load("vstar")} == {("A",), ("B",)}
-    assert data.load("vstar", 1)[0].options == ("red", "blue") and "directly" not in data.load("vstar", 1)[0].question
-    assert data.load("fvqa", 1)[0].answers == ("Ada", "Ada Lovelace")
-    assert data.load("mmsearch", 1)[0].answers == ("Ada", "Lovelace")
-    assert sum(not problem.images for problem in data.load("mmsearch")) == 300 - 171
-    parts = data.load("mathvr")[:3]
-    assert [len(problem.images) for problem in parts] == [0, 8, 0]
+    hub("vstar", "direct_attributes/0.json", b'{"options": ["leaks the answer"]}')
+    vstar, fvqa, mmsearch, parts = (data.load(name) for name in ["vstar", "fvqa", "mmsearch", "mathvr"])
+    assert {problem.answers for problem in vstar} == {("A",), ("B",)}
+    assert vstar[0].options == ("red", "blue") and "directly" not in vstar[0].question
+    assert fvqa[0].answers == ("Ada", "Ada Lovelace") and mmsearch[0].answers == ("Ada", "Lovelace")
+    assert sum(not problem.images for problem in mmsearch) == 300 - 171
+    assert [len(problem.images) for problem in parts[:3]] == [0, 8, 0]
     assert axpo.grade(parts[0], response("x=1, y=2")) and not axpo.grade(parts[0], response("x=1"))
     assert {p.answers[0]: p.kind for p in data.load("dynamath")} == {"A": "choice", "3.142": "math", "yes": "text"}
     drawn, free, listed = data.load("mathvision")[:3]
@@ -1962,6 +1912,11 @@ def test_traps_aliases_parts_and_kinds_survive(hub):
     assert listed.options == ("2", "None", "NA") and listed.question == "Which? <image>\nA. 2\nB. None\nC. NA"
     assert {(p.answers[0], p.options) for p in data.load("virl39k")} == {("B", ("one", "two")), ("\\frac{1}{2}", ())}
     assert {p.answers[0]: p.kind for p in data.load("pyvision")} == {"A": "choice", "red": "text", "12": "math"}
+    problems = data.load("hrbench4k")  # one of four orders
+    assert len(problems) == len({problem.question.split("\n")[1] for problem in problems}) == 200
+    assert problems[0].options == ("None", "NA", "5\t6", "null")
+    assert problems[0].question.endswith("where?\nA. None\nB. NA\nC. 5\t6\nD. null")
+    assert data._Table("hrbench4k").rows["hrbench4k/4"] == 4  # gigabytes, were its row kept with the picture
 
 
 def test_a_mixture_draws_from_every_part_and_from_made_problems(hub, monkeypatch):
@@ -1969,43 +1924,37 @@ def test_a_mixture_draws_from_every_part_and_from_made_problems(hub, monkeypatch
         write_set(hub, name)
     sources = [problem.source for problem in data.load("pyvision, fvqa:7")]
     assert sources.count("pyvision") == 40 and sources.count("fvqa") == 7
-    assert len(data.load("pyvision,fvqa:7", limit=9)) == 9 and len(data.load("paper-sft", 100)) == 100
     toy = [data.Problem(f"toy/{k}", "Q", (), ("1",), "math") for k in range(1000)]
     monkeypatch.setitem(data.MADE, "toy", lambda: toy)
-    assert len(data.load("toy")) == 1000 and len(data.load("toy", 5)) == 5 and len(data.load("toy:3,pyvision")) == 43
+    drawn = [("pyvision,fvqa:7", 9), ("paper-sft", 100), ("toy", None), ("toy", 5), ("toy:3,pyvision", None)]
+    assert [len(data.load(*arguments)) for arguments in drawn] == [9, 100, 1000, 5, 43]
 
 
-def test_two_files_of_one_name_cannot_be_mixed_and_an_unknown_name_lists_the_known_ones(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine.jsonl").write_text('{"question": "Q", "answer": "1"}\n')
-    files = f"{tmp_path}/a/mine.jsonl,{tmp_path}/b/mine.jsonl"
-    refused("1 problems of .* have the id of another, as mine/0", files)
-    with pytest.raises(ValueError, match=r"called 'vstat'; known are mathvision, dynamath,.*paper-rl"):
-        data.load("vstat")
+def test_two_files_of_one_name_unknown_names_and_options_and_many_bad_rows_are_one_sentence(tmp_path):
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        own_file(folder, {"question": "Q", "answer": "1"})
+    refused("1 problems of .* the id of another, as mine/0", f"{tmp_path}/a/mine.jsonl,{tmp_path}/b/mine.jsonl")
+    refused(r"called 'vstat'; known are mathvision, dynamath,.*paper-rl", "vstat")
     refused("fvqa:many: after the colon belongs a number", "fvqa:many")
+    refused("on_bad_row is 'never'; it can be stop or skip", "toy", on_bad_row="never")
+    bad = own_file(tmp_path, *[{"question": "Q", "answer": ""}] * 90)
+    refused(r"90 of 90 rows .* row 0 .* row 3 \(mine/3\) has no answer; \.\.\.\. Mend", bad)
 
 
-def test_training_rows_lose_what_evaluation_or_an_earlier_part_has(hub, caplog):
+def test_training_rows_lose_what_evaluation_or_an_earlier_part_has(hub, caplog, monkeypatch):
     for name in ("visualprobe", "pyvision", "mmfinereason"):
         write_set(hub, name, lambda k, row: row | {"image": cell(9000)} if k == 0 and "pass_rate" in row else row)
     for k in (3, 5):
-        hub.write("pyvision", f"pyvision_image_rl_data/{k}.png", png(k))
+        hub("pyvision", f"pyvision_image_rl_data/{k}.png", png(k))
     assert not {"pyvision/3", "pyvision/5"} & {problem.id for problem in data.load("pyvision")}
-    assert "pyvision: 2 of 40 problems share an image with visualprobe: dropped" in caplog.text
-    assert "not compared with mathvision" in caplog.text
     assert len(data.load("pyvision,mmfinereason")) == 38 + 30 - 1
-    assert "10 problems without an answer were dropped" in caplog.text
-
-
-def test_evaluation_images_are_read_once_and_not_again_by_the_next_start(hub, monkeypatch):
-    write_set(hub, "visualprobe")
-    write_set(hub, "pyvision")
-    data.load("pyvision")
+    for said in ("pyvision: 2 of 40 problems share an image with visualprobe: dropped", "not compared with mathvision",
+                 "10 problems without an answer were dropped"):  # fmt: skip
+        assert said in caplog.text
     data._evaluation_images.cache_clear()
-    monkeypatch.setattr(data._Table, "stream", None)  # neither may be read now
+    monkeypatch.setattr(data._Table, "stream", None)  # the next start reads no benchmark again
     assert len(data._evaluation_images()) == 106
-    huggingface_hub.scan_cache_dir(hub.root)  # the Hub's client does not mind the digests
 
 
 def write_rows(path, rows):
@@ -2045,26 +1994,20 @@ def test_a_jsonl_of_your_own_needs_a_question_and_an_answer(tmp_path):
     assert [p.kind for p in (count, who, which, formula)] == ["math", "text", "choice", "math"]
     assert count.images == (tmp_path / "one.png",) and who.images == () and formula.id.endswith("/own")
     assert which.answers == ("C",) and which.options == ("red", "", "blue") and which.category == "colour"
-    assert [p.answers for p in own(tmp_path, {"question": "Q", "answers": ["a", "b"]}, {"question": "Q", "answer": 3})] == [
-        ("a", "b"), ("3",)]  # fmt: skip
+    mixed = own(tmp_path, {"question": "Q", "answers": ["a", "b"]}, {"question": "Q", "answer": 3})
+    assert [p.answers for p in mixed] == [("a", "b"), ("3",)]
 
 
+# fmt: off
 ENCODED = base64.b64encode(png()).decode()
-
-
-@pytest.mark.parametrize("cell", [
+CELLS = [
     {"image": "one.png"}, {"images": "one.png"}, {"image_path": ["one.png"]}, {"image_paths": '["one.png"]'}, {"img": "/ABSOLUTE/one.png"},
     {"image": "elsewhere/one.png"}, {"image": "file:///ABSOLUTE/one.png"}, {"image": ENCODED}, {"img": base64.b64encode(png(0, (300, 300))).decode()},
     {"image": f"data:image/png;base64,{ENCODED}"}, {"images": [{"bytes": None, "path": "one.png"}]}, {"image": None, "images": ["one.png"]},
     {"question": [{"type": "image", "image": "one.png"}, {"type": "text", "text": "Q"}]},
-])  # fmt: skip
-def test_a_picture_is_found_however_its_column_is_called_and_whatever_its_cell_holds(tmp_path, cell):
-    (problem,) = own(tmp_path, json.dumps({"question": "Q", "gt": "1"} | cell).replace("/ABSOLUTE", str(tmp_path)))
-    assert len(problem.images) == 1 and problem.question.replace("\n", "") == "<image>Q"
-    assert data.open_image(problem.images[0]).size in ((4, 3), (300, 300))
-
-
-@pytest.mark.parametrize("row, kind, answers, options", [
+]
+# A row, and its kind, answer and options
+READ = [
     ({"problem": "Q", "solution": "\\boxed{\\frac{1}{2}}"}, "math", "\\frac{1}{2}", ""), ({"query": "Q", "ground_truth": "$\\boxed{12}$"}, "math", "12", ""),
     ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "reward_model": {"ground_truth": "a", "candidate_answers": "[]"}}, "text", "a", ""),
     ({"question": "Which? (A)one(B) two", "answer": "two"}, "choice", "B", "one two"), ({"question": "In City A. Suppose B. is it", "answer": "12"}, "math", "12", ""),
@@ -2074,7 +2017,24 @@ def test_a_picture_is_found_however_its_column_is_called_and_whatever_its_cell_h
     ({"answer": "B. blue", "options": ["(A) red", "(B) blue"]}, "choice", "B", "red blue"), ({"answer": "b", "options": "['red', 'blue']"}, "choice", "B", "red blue"),
     ({"answer": "D", "options": ["F", "D", "B", "I"]}, "choice", "D", "F D B I"), ({"answer": "A", "A": "red", "B": "blue", "C": ""}, "choice", "A", "red blue"),
     ({"answer": "(b)", "options": "A. red\nB. blue", "kind": "text"}, "text", "(b)", "red blue"),
-])  # fmt: skip
+]
+# A question, the number of its pictures, how it is shown, and the order of the pictures
+TAGGED = [
+    ("The first is <image>. The second is <image>.", 2, "The first is <image>. The second is <image>.", (0, 1)),
+    ("<image2> or <image 1>?", 2, "<image> or <image>?", (1, 0)), ("See <|vision_start|><|image_pad|><|vision_end|> here", 1, "See <image> here", (0,)),
+    ("Hue?", 2, "<image>\n<image>\nHue?", (0, 1)), ("What does <image> mean in <Image1>?", 0, "What does [image] mean in [Image1]?", ()),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_picture_is_found_however_its_column_is_called_and_whatever_its_cell_holds(tmp_path, cell):
+    (problem,) = own(tmp_path, json.dumps({"question": "Q", "gt": "1"} | cell).replace("/ABSOLUTE", str(tmp_path)))
+    assert len(problem.images) == 1 and problem.question.replace("\n", "") == "<image>Q"
+    assert data.open_image(problem.images[0]).size in ((4, 3), (300, 300))
+
+
+@pytest.mark.parametrize("row, kind, answers, options", READ)
 def test_columns_options_and_golds_are_understood_as_people_write_them(tmp_path, caplog, row, kind, answers, options):
     bare = {"problem", "query", "prompt", "question"}.isdisjoint(row)
     (problem,) = own(tmp_path, {"question": "Q"} | row if bare else row)
@@ -2085,47 +2045,39 @@ def test_columns_options_and_golds_are_understood_as_people_write_them(tmp_path,
     assert "not understood" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["mine.json", "mine.parquet", "mine.csv", "mine.tsv"])
-def test_other_kinds_of_files_hold_the_same_and_what_is_not_read_is_named_once(tmp_path, caplog, name):
-    row = {"question": "Wie heißt's?", "image": "one.png", "answer": "é", "picture": "one.png", "level": "3"}
-    problem, other = own(tmp_path, row, row, name=name)
-    assert (problem.question, problem.answers) == ("<image>\nWie heißt's?", ("é",))
-    assert problem.images == (tmp_path / "one.png",)
-    assert problem.id == "mine/0" and other.id == "mine/1"
-    assert [r.message for r in caplog.records] == [f"{name}: not understood, and not read: picture, level"]
-
-
-@pytest.mark.parametrize("question, pictures, shown, order", [
-    ("The first is <image>. The second is <image>.", 2, "The first is <image>. The second is <image>.", (0, 1)),
-    ("<image2> or <image 1>?", 2, "<image> or <image>?", (1, 0)), ("See <|vision_start|><|image_pad|><|vision_end|> here", 1, "See <image> here", (0,)),
-    ("Hue?", 2, "<image>\n<image>\nHue?", (0, 1)), ("What does <image> mean in <Image1>?", 0, "What does [image] mean in [Image1]?", ()),
-])  # fmt: skip
+@pytest.mark.parametrize("question, pictures, shown, order", TAGGED)
 def test_a_picture_stands_where_its_tag_stands(tmp_path, question, pictures, shown, order):
     files = ["one.png", "two.png"]
     (problem,) = own(tmp_path, {"question": question, "images": files[:pictures], "answer": "1"})
     assert problem.question == shown and problem.images == tuple(tmp_path / files[i] for i in order)
 
 
-def test_options_that_are_pictures_stand_in_their_lines_unless_all_are_drawn_in_one(tmp_path, hub):
-    row = {"question": "Which?", "options": ["<image1>", "<image2>"], "answer": "B"}
-    (problem,) = own(tmp_path, row | {"images": ["one.png", "two.png"]})
+@pytest.mark.parametrize("name", ["mine.json", "mine.parquet", "mine.csv", "mine.tsv"])
+def test_other_kinds_of_files_hold_the_same_and_what_is_not_read_is_named_once(tmp_path, caplog, name):
+    row = {"question": "Wie heißt's?", "image": "one.png", "answer": "é", "picture": "one.png", "level": "3"}
+    problem, other = own(tmp_path, row, row, name=name)
+    assert (problem.question, problem.answers) == ("<image>\nWie heißt's?", ("é",))
+    assert problem.images == (tmp_path / "one.png",) and (problem.id, other.id) == ("mine/0", "mine/1")
+    assert [r.message for r in caplog.records] == [f"{name}: not understood, and not read: picture, level"]
+
+
+def test_options_may_be_pictures_in_their_lines_or_drawn_in_one_and_odd_golds_are_decided_by_their_look(tmp_path, hub):
+    row = {"question": "Which?", "options": ["<image1>", "<image2>"], "answer": "B", "images": ["one.png", "two.png"]}
+    (problem,) = own(tmp_path, row)
     assert (problem.question, problem.options) == ("Which?\nA. <image>\nB. <image>", ("A", "B"))
-    quirks = [
-        {"options": ["<image2>", "<image3>"]},
-        {"answer": "$\\boxed{7}$", "options": []},
-        {"answer": "C", "options": []},
-    ]
-    write_set(hub, "mathvision", lambda k, row: row | (quirks[k] if k < 3 else {}))
-    drawn, boxed, bare = data.load("mathvision")[:3]
-    assert (drawn.question, drawn.options, drawn.answers) == ("Which? <image>", ("A", "B"), ("B",))
-    assert (boxed.answers, boxed.kind, bare.answers, bare.kind) == (("7",), "math", ("C",), "choice")
-
-
-def test_dynamaths_other_answer_types_are_decided_by_the_look_of_the_gold(hub):
+    quirks = {
+        0: {"options": ["<image2>", "<image3>"]},
+        1: {"answer": "$\\boxed{7}$"},
+        2: {"answer": "C", "options": []},
+    }
+    write_set(hub, "mathvision", lambda k, row: row | quirks.get(k, {}))
     looks = [("y = -3", "text"), ("-15.700000000000001", "int"), ("May", "single answer"), ("(4, 3)", "text")]
     looks = [{"ground_truth": gold, "answer_type": type} for gold, type in looks]
     write_set(hub, "dynamath", lambda k, row: row | (looks[k] if k < 4 else {}))
     assert [p.kind for p in data.load("dynamath")[:4]] == ["math", "math", "text", "math"]
+    drawn, boxed, bare = data.load("mathvision")[:3]
+    assert (drawn.question, drawn.options, drawn.answers) == ("Which? <image>", ("A", "B"), ("B",))
+    assert (boxed.answers, boxed.kind, bare.answers, bare.kind) == (("7",), "math", ("C",), "choice")
 
 
 # fmt: off
@@ -2134,12 +2086,12 @@ BAD_ROWS = [
     ({"question": "Q"}, "has no answer"), ({"question": "Q", "answer": "[]"}, "has no answer"), ({"answer": "1"}, "has no question"),
     ({"answer": "\\boxed{}", "question": "Q"}, "has no answer"), ({"image": "gone.png"}, r"lacks its image \(gone.png\) in "),
     ({"image": {"bytes": ""}}, r"lacks its image \(embedded\)"), ({"image": "half.png"}, "broken picture: .*half.png.* cannot be decoded"),
-    ({"image": "note.txt"}, "broken picture: .*note.txt"), ({"image": "empty.png"}, "broken picture"),
-    ({"image": "long.png"}, "sides are 8 and 4000 pixels, .* at most 1 : 200"), ({"image": "A" * 101}, r"lacks its image \(AAA"),
+    ({"image": "note.txt"}, "broken picture: .*note.txt"), ({"image": "empty.png"}, "broken picture"), ({"image": "A" * 101}, r"lacks its image \(AAA"),
+    ({"image": "long.png"}, "sides are 8 and 4000 pixels, .* at most 1 : 200"), ({"answer": "10^{324}"}, "no rule can grade right"),
     ({"image": "one.png", "question": "<image> or <image>?"}, "has 2 tags .* for 1 pictures"),
     ({"images": ["one.png", "two.png"], "question": "<image>?"}, "has 1 tags such as <image> for 2 pictures"),
     ({"options": ["red", "blue"], "answer": "green"}, "the answer 'green', which is neither a letter nor an option"),
-    ({"options": ["red", "blue"], "answer": "E"}, "neither a letter nor an option"), ({"answer": "10^{324}"}, "no rule can grade right"),
+    ({"options": ["red", "blue"], "answer": "E"}, "neither a letter nor an option"), ({"options": "red, blue"}, "has the options .*red, blue.*: make them a list"),
     ({"question": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}]}, "'assistant' part, which is not"),
 ]
 # fmt: on
@@ -2148,10 +2100,10 @@ BAD_ROWS = [
 @pytest.mark.parametrize(("row", "said"), BAD_ROWS)
 def test_a_bad_row_stops_the_load_by_its_name_or_is_left_out_on_demand(tmp_path, caplog, monkeypatch, row, said):
     monkeypatch.setattr(data, "answerable", lambda problem: problem.answers[0] != "10^{324}")
-    (tmp_path / "half.png").write_bytes(png(1, (300, 300))[:-200])
-    (tmp_path / "long.png").write_bytes(png(1, (4000, 8)))
+    files = {"half": png(1, (300, 300))[:-200], "long": png(1, (4000, 8)), "empty": b""}
+    for name, content in files.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
     (tmp_path / "note.txt").write_text("no picture")
-    (tmp_path / "empty.png").write_bytes(b"")
     whole = row if said.startswith("has no") and "\\" not in str(row) else {"question": "Q", "answer": "1"} | row
     path = own_file(tmp_path, {"question": "Q", "answer": "1"}, whole)
     refused(rf"1 of 2 rows of .* mine.jsonl: row 1 \(mine/1\) .*{said}.*--on_bad_row skip", path)
@@ -2159,12 +2111,6 @@ def test_a_bad_row_stops_the_load_by_its_name_or_is_left_out_on_demand(tmp_path,
     assert re.search(said, caplog.text)
     path = own_file(tmp_path, {"question": "", "answer": ""} | whole)
     refused("No problem of .* is left", path, on_bad_row="skip")
-
-
-def test_many_bad_rows_are_counted_and_the_first_named(tmp_path):
-    path = own_file(tmp_path, *[{"question": "Q", "answer": ""}] * 90)
-    refused(r"90 of 90 rows .* row 0 .* row 3 \(mine/3\) has no answer; \.\.\.\. Mend", path)
-    refused("on_bad_row is 'never'; it can be stop or skip", "toy", on_bad_row="never")
 
 
 def test_pictures_are_decoded_once_and_again_only_if_they_changed(tmp_path, monkeypatch):
@@ -2177,6 +2123,49 @@ def test_pictures_are_decoded_once_and_again_only_if_they_changed(tmp_path, monk
     assert opened[2:] == [tmp_path / "one.png"]
 
 
+def test_an_absent_or_refusing_hub_is_one_sentence(hub, monkeypatch):
+    refused("test_questions.jsonl of craigwu/vstar_bench is not in the cache .* `hf down", "vstar")
+    for raised, message in {
+        "GatedRepoError": "datasets/craigwu/vstar_bench is gated; accept its terms there and log in",
+        "RepositoryNotFoundError": "vstar: craigwu/vstar_bench could not be fetched: refused",
+    }.items():
+        answer = SimpleNamespace(status_code=403, headers={}, request=None)
+        error = getattr(huggingface_hub.errors, raised)("refused", response=answer)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
+        refused(message, "vstar")
+
+
+# fmt: off
+# Set, change of row k or bytes in place of the archive, message
+BROKEN = [
+    ("hrmmsearch", lambda k, row: {"sample_id": k, "query": "Q"}, "lacks answers or answer or ground_truth or .*; it has sample_id, query"),
+    ("vstar", lambda k, row: row if k else None, "vstar: 190 problems, expected 191"),
+    ("hrbench4k", lambda k, row: row | {"cycle_category": "one"}, "hrbench4k: 800 problems, expected 200"),
+    ("hrmmsearch", lambda k, row: row | {"query_image": None}, r"hrmmsearch: row 0 \(hrmmsearch/0\) has no image"),
+    ("hrmmsearch", lambda k, row: row | {"query_image": {"bytes": b"", "path": None}}, r"lacks its image \(embedded\)"),
+    ("virl39k", lambda k, row: row | {"image": ["images/gone.png"]}, r"\(virl39k/q0\) lacks its image \(images/gone"),
+    ("virl39k", b"no archive", "virl39k: an archive in .* is broken"),
+]
+# A file of one's own, its rows, message
+UNREADABLE = [
+    ("mine.jsonl", ({"question": "Q", "images": []},), "lacks answers or answer or .*; it has question, images"),
+    ("mine.jsonl", (), "lacks question or problem .*, answers or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2"),
+    ("mine.json", (b"",), "lacks question or .*, answers or"), ("mine.json", (b"5",), "has a row 0 that is no object"),
+    ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BROKEN)
+def test_what_is_missing_or_broken_is_named(hub, name, change, message):
+    if isinstance(change, bytes):
+        write_set(hub, name)
+        hub(name, "images.zip", change)
+    else:
+        write_set(hub, name, change)
+    refused(message, name)
+
+
 def test_a_gold_of_a_benchmark_that_no_rule_grades_right_stays_and_one_to_learn_from_does_not(hub, monkeypatch):
     monkeypatch.setattr(data, "answerable", lambda problem: problem.answers[0] != "Ada")
     for name in ("hrmmsearch", "fvqa"):
@@ -2185,45 +2174,7 @@ def test_a_gold_of_a_benchmark_that_no_rule_grades_right_stays_and_one_to_learn_
     refused("fvqa: row 0 .* the answer 'Ada', which no rule can grade right", "fvqa")
 
 
-@pytest.mark.parametrize(("raised", "message"), [
-    ("GatedRepoError", "datasets/craigwu/vstar_bench is gated; accept its terms there and log in"),
-    ("RepositoryNotFoundError", "vstar: craigwu/vstar_bench could not be fetched: refused"),
-])  # fmt: skip
-def test_an_absent_or_refusing_hub_is_one_sentence(hub, monkeypatch, raised, message):
-    def refuse(*args, **kwargs):
-        answer = SimpleNamespace(status_code=403, headers={}, request=None)
-        raise getattr(huggingface_hub.errors, raised)("refused", response=answer)
-
-    refused("test_questions.jsonl of craigwu/vstar_bench is not in the cache .* `hf down", "vstar")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    refused(message, "vstar")
-
-
-# fmt: off
-# Set, change of row k, message
-BROKEN = [
-    ("hrmmsearch", lambda k, row: {"sample_id": k, "query": "Q"}, "lacks answers or answer or ground_truth or .*; it has sample_id"),
-    ("vstar", lambda k, row: row if k else None, "vstar: 190 problems, expected 191"),
-    ("hrbench4k", lambda k, row: row | {"cycle_category": "one"}, "hrbench4k: 800 problems, expected 200"),
-    ("hrmmsearch", lambda k, row: row | {"query_image": None}, r"hrmmsearch: row 0 \(hrmmsearch/0\) has no image"),
-    ("hrmmsearch", lambda k, row: row | {"query_image": {"bytes": b"", "path": None}}, r"lacks its image \(embedded\)"),
-    ("virl39k", lambda k, row: row | {"image": ["images/gone.png"]}, r"\(virl39k/q0\) lacks its image \(images/gone"),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize(("name", "change", "message"), BROKEN)
-def test_what_is_missing_or_broken_is_named(hub, name, change, message):
-    write_set(hub, name, change)
-    refused(message, name)
-
-
-@pytest.mark.parametrize(("name", "rows", "message"), [
-    ("mine.jsonl", ({"question": "Q", "images": []},), "lacks answers or answer or .*; it has question, images"),
-    ("mine.jsonl", (), "lacks question or problem .*, answers or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2"),
-    ("mine.json", (b"",), "lacks question or .*, answers or"), ("mine.json", (b"5",), "has a row 0 that is no object"),
-    ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
-])  # fmt: skip
+@pytest.mark.parametrize(("name", "rows", "message"), UNREADABLE)
 def test_a_bad_json_or_jsonl_is_named(tmp_path, name, rows, message):
     refused(f"{name} {message}", own_file(tmp_path, *rows, name=name))
 
@@ -2231,42 +2182,57 @@ def test_a_bad_json_or_jsonl_is_named(tmp_path, name, rows, message):
 def test_a_file_of_ones_own_is_not_taken_for_the_set_of_its_name(hub, tmp_path):
     write_set(hub, "visualprobe")
     row = {"question": "Q", "answer": "\\boxed{1} and \\boxed{2}", "images": ["one.png"]}
-    path = Path(own_file(tmp_path, row))
+    path = own_file(tmp_path, "\ufeff" + json.dumps(row), name="fvqa.jsonl")  # as some editors write UTF-8
     (tmp_path / "one.png").write_bytes(png(3))  # visualprobe has it too
-    path.write_text("\ufeff" + path.read_text())  # as some editors write UTF-8
-    path = path.rename(tmp_path / "fvqa.jsonl")
-    (problem,) = data.load(str(path))
+    (problem,) = data.load(path)
     assert problem.id == "fvqa/0" and problem.answers == (row["answer"],)  # two boxes are no answer in a box
-
-
-def test_a_broken_archive_is_named(hub):
-    write_set(hub, "virl39k")
-    hub.write("virl39k", "images.zip", b"no archive")
-    refused("virl39k: an archive in .* is broken", "virl39k")
-
-
-ASKED = {"role": "user", "content": "Q"}
-CALL = {"type": "function", "id": "1", "function": {"name": "python", "arguments": '{"code": "print(2)"}'}}
-CALLED = '<tool_call>\n{"name": "python", "arguments": {"code": "print(2)"}}\n</tool_call>'
-ANSWERED = {"role": "assistant", "content": "<think>\nb\n</think>\n\nB"}
 
 
 def assistant(content=None, **more):
     return {"role": "assistant", "content": content} | more
 
 
-@pytest.mark.parametrize("messages, turns", [
+# fmt: off
+ASKED, SEEN, ANSWERED = {"role": "user", "content": "Q"}, {"role": "tool", "content": "2"}, assistant("<think>\nb\n</think>\n\nB")
+CALL = {"type": "function", "id": "1", "function": {"name": "python", "arguments": '{"code": "print(2)"}'}}
+CALLED = '<tool_call>\n{"name": "python", "arguments": {"code": "print(2)"}}\n</tool_call>'
+ALIKE = [
     ([assistant("B")], ["\n</think>\n\nB"]), ([assistant("<think>\nb\n</think>\n\nB<|im_end|>\n")], ["b\n</think>\n\nB"]),
     ([assistant("b\n</think>\n\nB", reasoning_content=None, tool_calls=[])], ["b\n</think>\n\nB"]),
     ([assistant("B", reasoning_content="b\n")], ["b\n</think>\n\nB"]), ([assistant([{"type": "text", "text": "B"}], reasoning="b")], ["b\n</think>\n\nB"]),
-    ([assistant(reasoning_content="c", tool_calls=[CALL]), {"role": "tool", "tool_call_id": "1", "content": "2"}, ANSWERED],
-     ["c\n</think>\n\n" + CALLED, "2", "b\n</think>\n\nB"]),
-    ([assistant("Let me.", tool_calls=[CALL["function"] | {"arguments": {"code": "print(2)"}}]), {"role": "tool", "content": "2"}, ANSWERED],
+    ([assistant(reasoning_content="c", tool_calls=[CALL]), SEEN | {"tool_call_id": "1"}, ANSWERED], ["c\n</think>\n\n" + CALLED, "2", "b\n</think>\n\nB"]),
+    ([assistant("Let me.", tool_calls=[CALL["function"] | {"arguments": {"code": "print(2)"}}]), SEEN, ANSWERED],
      ["\n</think>\n\nLet me.\n" + CALLED, "2", "b\n</think>\n\nB"]),
-    ([assistant("<think>\nc" + CALLED), {"role": "tool", "content": "2"}, ANSWERED], ["c" + CALLED, "2", "b\n</think>\n\nB"]),
+    ([assistant("<think>\nc" + CALLED), SEEN, ANSWERED], ["c" + CALLED, "2", "b\n</think>\n\nB"]),
     ([assistant("<think>c</think>" + CALLED), {"role": "user", "content": "<tool_response>\n<image>2\n</tool_response>"}, ANSWERED],
      ["c</think>" + CALLED, "<image>2", "b\n</think>\n\nB"]),
-])  # fmt: skip
+]
+# The content of a user's message that says "This <image>?", and what stands beside the messages
+SHOWN = [
+    ([{"type": "text", "text": "This "}, {"type": "image_url", "image_url": {"url": "one.png"}}, {"type": "text", "text": "?"}], []),
+    ([{"text": "This "}, {"image": f"data:image/png;base64,{ENCODED}"}, {"text": "?"}], []),
+    ([{"type": "image", "image": "one.png"}, {"type": "text", "text": "This <image>?"}], []),
+    ([{"type": "text", "text": "This "}, {"type": "image"}, {"type": "text", "text": "?"}], ["one.png"]),
+    ("This <image>?", [{"bytes": None, "path": "one.png"}]),
+]
+REFUSED = [
+    ([ASKED, assistant("B"), ASKED, assistant("B")], "a message of 'user' where one of 'tool' must stand"), ([], "lacks 'messages'"),
+    ([assistant("B")], "of 'assistant' where one of 'user'"), ([ASKED, {"role": "critic", "content": "B"}], "of 'critic' where one of 'assistant'"),
+    ([ASKED, assistant("B"), SEEN, ANSWERED], "an answer to no tool call: '2'"), ([ASKED, assistant(CALLED + "It is")], "as its last word"),
+    ([ASKED, assistant(tool_calls=[CALL]), SEEN], "must end with a message of 'assistant'"), ([ASKED, assistant()], "is empty, or only thinks"),
+    ([ASKED, assistant(tool_calls=[CALL, CALL])], "one call at most"), ([ASKED, assistant(CALLED, tool_calls=[CALL])], "one call at most"),
+    ([ASKED, assistant("<think>\nb\n</think>\n<|im_end|>")], "only thinks"), ([ASKED, assistant("B", reasoning_content="b</think>")], "must think once"),
+    ([ASKED, assistant("<think>\nb\n</think>\n\nB", reasoning_content="b")], "must think once"), ([ASKED, assistant([{}])], "None part, which"),
+    ([ASKED, assistant(function_call=CALL)], "with 'function_call', which is not understood"), ([ASKED, assistant([7])], "7 part, which"),
+    ([ASKED, assistant(tool_calls=[{"function": {"name": "python", "arguments": "print(2)"}}])], "without a name or an object of arguments"),
+    ([ASKED, assistant([{"type": "video", "video": "v.mp4"}])], "'video' part, which is not understood"),
+    ([ASKED, assistant([{"type": "image", "image": "one.png"}, "B"])], "a picture by the assistant"),
+    ([{"role": "user", "content": "<image><image>"}, ANSWERED], "has 2 tags such as <image> for 1 pictures"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("messages, turns", ALIKE)
 def test_trajectories_of_qwens_and_openais_form_are_read_alike(tmp_path, messages, turns):
     for system in ([], [{"role": "system", "content": "Be brief."}]):
         problem, read = data.read_trajectory({"id": 7, "messages": [*system, ASKED, *messages]}, tmp_path)
@@ -2274,16 +2240,9 @@ def test_trajectories_of_qwens_and_openais_form_are_read_alike(tmp_path, message
         assert [turn if isinstance(turn, str) else turn.text for turn in read] == turns
 
 
-@pytest.mark.parametrize("content, beside", [
-    ([{"type": "text", "text": "This "}, {"type": "image_url", "image_url": {"url": "one.png"}}, {"type": "text", "text": "?"}], []),
-    ([{"text": "This "}, {"image": f"data:image/png;base64,{ENCODED}"}, {"text": "?"}], []),
-    ([{"type": "image", "image": "one.png"}, {"type": "text", "text": "This <image>?"}], []),
-    ([{"type": "text", "text": "This "}, {"type": "image"}, {"type": "text", "text": "?"}], ["one.png"]),
-    ("This <image>?", [{"bytes": None, "path": "one.png"}]),
-])  # fmt: skip
+@pytest.mark.parametrize("content, beside", SHOWN)
 def test_the_pictures_of_a_trajectory_stand_in_its_messages_or_beside_them(tmp_path, content, beside):
-    (tmp_path / "one.png").write_bytes(png())
-    (tmp_path / "two.png").write_bytes(png(2))
+    own_file(tmp_path)
     shown = {"role": "tool", "content": [{"type": "image_url", "image_url": f"file://{tmp_path}/two.png"}, "see"]}
     messages = [{"role": "user", "content": content}, assistant(tool_calls=[CALL]), shown, ANSWERED]
     problem, (_, seen, _) = data.read_trajectory({"messages": messages, "images": beside}, tmp_path)
@@ -2291,23 +2250,9 @@ def test_the_pictures_of_a_trajectory_stand_in_its_messages_or_beside_them(tmp_p
     assert (seen.text, seen.images) == ("see", [tmp_path / "two.png"])
 
 
-@pytest.mark.parametrize("messages, said", [
-    ([ASKED, assistant("B"), ASKED, assistant("B")], "a message of 'user' where one of 'tool' must stand"),
-    ([assistant("B")], "of 'assistant' where one of 'user'"), ([ASKED, {"role": "critic", "content": "B"}], "of 'critic' where one of 'assistant'"),
-    ([ASKED, assistant("B"), {"role": "tool", "content": "2"}, ANSWERED], "an answer to no tool call: '2'"),
-    ([ASKED, assistant(tool_calls=[CALL]), {"role": "tool", "content": "2"}], "must end with a message of 'assistant'"),
-    ([ASKED, assistant(tool_calls=[CALL, CALL])], "one call at most"), ([ASKED, assistant(CALLED, tool_calls=[CALL])], "one call at most"),
-    ([ASKED, assistant(CALLED + "It is")], "as its last word"), ([ASKED, assistant()], "is empty, or only thinks"),
-    ([ASKED, assistant("<think>\nb\n</think>\n<|im_end|>")], "only thinks"), ([ASKED, assistant("B", reasoning_content="b</think>")], "must think once"),
-    ([ASKED, assistant("<think>\nb\n</think>\n\nB", reasoning_content="b")], "must think once"),
-    ([ASKED, assistant(function_call=CALL)], "with 'function_call', which is not understood"),
-    ([ASKED, assistant(tool_calls=[{"function": {"name": "python", "arguments": "print(2)"}}])], "without a name or an object of arguments"),
-    ([ASKED, assistant([{"type": "video", "video": "v.mp4"}])], "'video' part, which is not understood"), ([ASKED, assistant([7])], "7 part, which"),
-    ([ASKED, assistant([{}])], "None part, which"), ([ASKED, assistant([{"type": "image", "image": "one.png"}, "B"])], "a picture by the assistant"),
-    ([{"role": "user", "content": "<image><image>"}, ANSWERED], "has 2 tags such as <image> for 1 pictures"), ([], "lacks 'messages'"),
-])  # fmt: skip
+@pytest.mark.parametrize("messages, said", REFUSED)
 def test_what_would_train_empty_or_doubled_turns_or_lose_content_is_refused(tmp_path, messages, said):
-    (tmp_path / "one.png").write_bytes(png())
+    own_file(tmp_path)
     with pytest.raises(data.DataError, match=said):
         data.read_trajectory({"messages": messages, "images": ["one.png"]}, tmp_path)
 
