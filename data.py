@@ -191,7 +191,7 @@ def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a decoded picture of 33 megapixels takes 100 MB
         faults = list(tqdm(pool.map(fault, groups), title, len(groups), disable=len(groups) <= 64))
     with contextlib.suppress(OSError):  # where nothing can be written, the next start decodes again
-        _write(memory, "\n".join(known | fresh).encode())
+        _write(memory, "\n".join(sorted(known | fresh)).encode())
     return faults
 
 

@@ -1633,10 +1633,9 @@ x^2+y^2=4 | x^2-y^2=4 | x^2+y^2 | 4 | x^2+y^2=4=5 || x=3 | 2x=6 | x+1=4 || I(0) 
 """
 # Well-formed turns and what they answer
 TURNS = [
-    ("t</think>\n\n<answer>\\boxed{42}</answer>", "42"), ("t</think>So: <answer>It is $\\boxed {\\frac{1}{2}}$.</answer>\n", "\\frac{1}{2}"),
-    ("t</think><answer>\\boxed{\\{1,2\\}}</answer>", "\\{1,2\\}"), ("t</think><answer>\\boxed{a\\}b}</answer>", "a\\}b"),
-    ("I must write <think>, <tool_call> and <answer>\\boxed{}</answer></think><answer>\\boxed{1}</answer>", "1"),
-    ("t</think><answer>\\boxed{" + "1" * 300 + "}</answer>", "1" * 300),
+    ("I must write <think>, <tool_call> and <answer>\\boxed{}</answer></think><answer>\\boxed{1}</answer>", "1"), ("t</think><answer>\\boxed{a\\}b}</answer>", "a\\}b"),
+    ("t</think>So: <answer>It is $\\boxed {\\frac{1}{2}}$.</answer>\n", "\\frac{1}{2}"), ("t</think><answer>\\boxed{" + "1" * 300 + "}</answer>", "1" * 300),
+    ("t</think><answer>\\boxed{\\{1,2\\}}</answer>", "\\{1,2\\}"), ("t</think>\n\n<answer>\\boxed{42}</answer>", "42"),
 ]
 MALFORMED = ["", "<answer>\\boxed{42}</answer>"] + ["t</think>" + tail for tail in (
     "</think><answer>\\boxed{42}</answer>", "\\boxed{42}", "<answer>42</answer>", "<answer>\\boxed42</answer>", "<answer>\\boxed{42</answer>",
@@ -1821,44 +1820,151 @@ def hub(tmp_path, monkeypatch):
     return write
 
 
+def write_rows(path, rows):
+    """A file of the kind that its name says, of bytes, or of rows, which in .jsonl may be written out."""
+    if isinstance(rows, bytes):
+        path.write_bytes(rows)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8-sig") as stream:
+            writer = csv.DictWriter(stream, rows[0], delimiter="," if path.suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = [rows] if path.suffix == ".json" else rows
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in lines), "utf-8")
+    return path
+
+
+def own_file(tmp_path, *rows, name="mine.jsonl"):
+    (tmp_path / "one.png").write_bytes(png())
+    (tmp_path / "two.png").write_bytes(png(2))
+    return str(write_rows(tmp_path / name, rows[0] if rows and isinstance(rows[0], bytes) else list(rows)))
+
+
+def own(tmp_path, *rows, **options):
+    return data.load(own_file(tmp_path, *rows, **options))
+
+
+def assistant(content=None, **more):
+    return {"role": "assistant", "content": content} | more
+
+
 # fmt: off
 # The table's file and row k of each set, with every column that its card names (scores and web addresses apart).
 TABLES = {
-    "mathvision": ("data/testmini-00000-of-00001-f8ff70fcb2f29b1d.parquet", lambda k: {
-        "id": str(k), "question": "Which? <image1>", "options": [["A", "B", "C"], [], ["2", "None", "NA"]][k % 3], "image": "images/1.jpg",
-        "decoded_image": cell(k), "answer": ["B", "4/3", "C"][k % 3], "subject": "algebra"}),
-    "dynamath": ("data/sample1-00000-of-00001.parquet", lambda k: {
-        "id": str(k), "question": "Q", "image": "i", "decoded_image": cell(k), "subject": "graph",
+    "mathvision": ("data/testmini-00000-of-00001-f8ff70fcb2f29b1d.parquet", lambda k: {"id": str(k), "question": "Which? <image1>", "image": "images/1.jpg",
+        "options": [["A", "B", "C"], [], ["2", "None", "NA"]][k % 3], "decoded_image": cell(k), "answer": ["B", "4/3", "C"][k % 3], "subject": "algebra"}),
+    "dynamath": ("data/sample1-00000-of-00001.parquet", lambda k: {"id": str(k), "question": "Q", "image": "i", "decoded_image": cell(k), "subject": "graph",
         "ground_truth": ["A", "3.142", "yes"][k % 3], "answer_type": ["multiple choice", "float", "text"][k % 3]}),
-    "mathvr": ("data/test-00000-of-00001.parquet", lambda k: {
-        "id": k, "question": "".join(map("<image{}>".format, range(1, (n := 8 if k == 1 else k % 2) + 1))) + "Find x and y.",
-        "category": "text", "answers": ["x=1", "y=2"], **{f"image{i}": cell(k) if i <= n else None for i in range(1, 9)}}),
-    "vstar": ("test_questions.jsonl", lambda k: {
-        "text": "Hue?\n(A) red\n(B) blue\nAnswer with the option's letter from the given choices directly.",
+    "mathvr": ("data/test-00000-of-00001.parquet", lambda k: {"id": k, "category": "text", "answers": ["x=1", "y=2"],
+        "question": "".join(map("<image{}>".format, range(1, (n := 8 if k == 1 else k % 2) + 1))) + "Find x and y.",
+        **{f"image{i}": cell(k) if i <= n else None for i in range(1, 9)}}),
+    "vstar": ("test_questions.jsonl", lambda k: {"text": "Hue?\n(A) red\n(B) blue\nAnswer with the option's letter from the given choices directly.",
         "image": f"direct_attributes/{k}.png", "category": "hue", "label": "AB"[k % 2], "question_id": k}),
-    "visualprobe": ("val.json", lambda k: {
-        "images": ["VisualProbe_Hard/" * (k % 2) + f"data/{k}.png"], "doc_id": k, "problem": "<image>\nWhat number?", "solution": "2563", "data_source": "hard"}),
-    **{f"hrbench{size}": (f"hr_bench_{size}.tsv", lambda k: {
-        "index": k, "question": f"Q{k // 4}\nwhere?", "answer": "ABCD"[k % 4], "category": "single", "A": "None", "B": "NA", "C": "5\t6", "D": "null",
-        "cycle_category": f"cycle{k % 4}", "image": base64.b64encode(png(k // 4)).decode()}) for size in ("4k", "8k")},
-    "hrmmsearch": ("data/train-00000-of-00001.parquet", lambda k: {
-        "sample_id": k, "query": "Who?", "query_image": cell(k), "ground_truth": "Ada", "category": "person"}),
-    "mmsearch": ("end2end.parquet", lambda k: {
-        "sample_id": k, "query": "Who?", "query_image": cell(k) if k < 171 else None, "image_search_result": cell(k), "area": "news",
-        "gt_answer": "Ada", "alternative_gt_answers": ["Lovelace", "Ada"]}),
-    "virl39k": ("39Krelease.parquet", lambda k: {
-        "qid": f"q{k}", "question": "<image>Which?\nA. one\nB. two", "category": "math", "image": [f"images/{k}.png"],
+    "visualprobe": ("val.json", lambda k: {"images": ["VisualProbe_Hard/" * (k % 2) + f"data/{k}.png"], "doc_id": k, "problem": "<image>\nWhat number?",
+        "solution": "2563", "data_source": "hard"}),
+    **{f"hrbench{size}": (f"hr_bench_{size}.tsv", lambda k: {"index": k, "question": f"Q{k // 4}\nwhere?", "answer": "ABCD"[k % 4], "category": "single", "A": "None",
+        "B": "NA", "C": "5\t6", "D": "null", "cycle_category": f"cycle{k % 4}", "image": base64.b64encode(png(k // 4)).decode()}) for size in ("4k", "8k")},
+    "hrmmsearch": ("data/train-00000-of-00001.parquet", lambda k: {"sample_id": k, "query": "Who?", "query_image": cell(k), "ground_truth": "Ada",
+        "category": "person"}),
+    "mmsearch": ("end2end.parquet", lambda k: {"sample_id": k, "query": "Who?", "query_image": cell(k) if k < 171 else None, "image_search_result": cell(k),
+        "area": "news", "gt_answer": "Ada", "alternative_gt_answers": ["Lovelace", "Ada"]}),
+    "virl39k": ("39Krelease.parquet", lambda k: {"qid": f"q{k}", "question": "<image>Which?\nA. one\nB. two", "category": "math", "image": [f"images/{k}.png"],
         "answer": ["\\boxed{B}", "\\boxed{\\frac{1}{2}}"][k % 2], "source": "s", "PassRate_32BTrained": None}),
-    "fvqa": ("fvqa_train.parquet", lambda k: {
-        "prompt": [{"content": "<image>Who?", "role": "user"}], "images": [cell(3000 + k)], "data_id": f"f{k}", "category": "search_free",
-        "reward_model": {"ground_truth": "Ada", "candidate_answers": '["Ada Lovelace", "Ada"]', "style": "rule"}}),
-    "pyvision": ("pyvision_image_rl_data.json", lambda k: {
-        "id": k, "question": "Q?", "answer": ["A", "red", "12"][k % 3], "ability": "search", "data_source": "d", "image_path": f"pyvision_image_rl_data/{k}.png"}),
-    "mmfinereason": ("data/train-00000-of-00002.parquet", lambda k: {
-        "id": str(k), "question": "Q <image>?", "answer": ["7", "", "blue", "B"][k % 4], "image": cell(12000 + k), "source": "s", "pass_rate": 0.0}),
+    "fvqa": ("fvqa_train.parquet", lambda k: {"prompt": [{"content": "<image>Who?", "role": "user"}], "images": [cell(3000 + k)], "data_id": f"f{k}",
+        "category": "search_free", "reward_model": {"ground_truth": "Ada", "candidate_answers": '["Ada Lovelace", "Ada"]', "style": "rule"}}),
+    "pyvision": ("pyvision_image_rl_data.json", lambda k: {"id": k, "question": "Q?", "answer": ["A", "red", "12"][k % 3], "ability": "search", "data_source": "d",
+        "image_path": f"pyvision_image_rl_data/{k}.png"}),
+    "mmfinereason": ("data/train-00000-of-00002.parquet", lambda k: {"id": str(k), "question": "Q <image>?", "answer": ["7", "", "blue", "B"][k % 4],
+        "image": cell(12000 + k), "source": "s", "pass_rate": 0.0}),
 }
-# fmt: on
+ENCODED = base64.b64encode(png()).decode()
+BIG = base64.b64encode(png(0, (300, 300))).decode()
+PAIR_OF = {"images": ["one.png", "two.png"]}
+# A row, the question that it asks, and its pictures
+FOUND = [(row, "<image>\nQ", [()]) for row in (
+    {"image": "one.png"}, {"images": "one.png"}, {"image_path": ["one.png"]}, {"image_paths": '["one.png"]'}, {"img": "/ABSOLUTE/one.png"}, {"image": ENCODED},
+    {"image": "elsewhere/one.png"}, {"image": "file:///ABSOLUTE/one.png"}, {"image": f"data:image/png;base64,{ENCODED}"}, {"image": None, "images": ["one.png"]},
+    {"images": [{"bytes": None, "path": "one.png"}]})] + [
+    ({"img": BIG}, "<image>\nQ", [(0, (300, 300))]), ({"question": [{"type": "image", "image": "one.png"}, {"type": "text", "text": "Q"}]}, "<image>Q", [()]),
+    ({"question": "The first is <image>. The second is <image>."} | PAIR_OF, "The first is <image>. The second is <image>.", [(), (2,)]),
+    ({"question": "<image2> or <image 1>?"} | PAIR_OF, "<image> or <image>?", [(2,), ()]), ({"question": "Hue?"} | PAIR_OF, "<image>\n<image>\nHue?", [(), (2,)]),
+    ({"question": "See <|vision_start|><|image_pad|><|vision_end|> here", "images": ["one.png"]}, "See <image> here", [()]),
+    ({"question": "What does <image> mean in <Image1>?"}, "What does [image] mean in [Image1]?", []),
+]
+# A row, and its kind, answer and options
+READ = [
+    ({"problem": "Q", "solution": "\\boxed{\\frac{1}{2}}"}, "math", "\\frac{1}{2}", ""), ({"query": "Q", "ground_truth": "$\\boxed{12}$"}, "math", "12", ""),
+    ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "reward_model": {"ground_truth": "a", "candidate_answers": "[]"}}, "text", "a", ""),
+    ({"question": "Which? (A)one(B) two", "answer": "two"}, "choice", "B", "one two"), ({"question": "In City A. Suppose B. is it", "answer": "12"}, "math", "12", ""),
+    ({"question": "In City A. Hue? choice:(A) A (B) B (C)", "answer": "C"}, "choice", "C", "A B "), ({"question": "Q", "answer": "The 39 Steps"}, "text", "The 39 Steps", ""),
+    ({"question": "Q", "answer": "$$1$$ $$-1$$"}, "math", "$$1$$ $$-1$$", ""), ({"question": "Q", "answer": float("nan"), "gt": 7}, "math", "7", ""),
+    ({"answer": "B", "choices": ["red", "blue"]}, "choice", "B", "red blue"), ({"answer": "Blue", "choices": {"A": "red", "B": "blue"}}, "choice", "B", "red blue"),
+    ({"answer": "B. blue", "options": ["(A) red", "(B) blue"]}, "choice", "B", "red blue"), ({"answer": "b", "options": "['red', 'blue']"}, "choice", "B", "red blue"),
+    ({"answer": "D", "options": ["F", "D", "B", "I"]}, "choice", "D", "F D B I"), ({"answer": "A", "A": "red", "B": "blue", "C": ""}, "choice", "A", "red blue"),
+    ({"answer": "(b)", "options": "A. red\nB. blue", "kind": "text"}, "text", "(b)", "red blue"),
+]
+# A row, and what is said of it
+BAD_ROWS = [
+    ({"question": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}]}, "'assistant' part, which is not"), ({"question": "Q"}, "has no answer"),
+    ({"options": ["red", "blue"], "answer": "green"}, "the answer 'green', which is neither a letter nor an option"), ({"image": "A" * 101}, r"lacks its image \(AAA"),
+    ({"images": ["one.png", "two.png"], "question": "<image>?"}, "has 1 tags such as <image> for 2 pictures"), ({"image": "note.txt"}, "broken picture: .*note.txt"),
+    ({"image": "one.png", "question": "<image> or <image>?"}, "has 2 tags .* for 1 pictures"), ({"image": "gone.png"}, r"lacks its image \(gone.png\) in "),
+    ({"options": ["red", "blue"], "answer": "E"}, "neither a letter nor an option"), ({"options": "red, blue"}, "has the options .*red, blue.*: make them a list"),
+    ({"image": "long.png"}, "sides are 8 and 4000 pixels, .* at most 1 : 200"), ({"image": "half.png"}, "broken picture: .*half.png.* cannot be decoded"),
+    ({"answer": "\\boxed{}", "question": "Q"}, "has no answer"), ({"image": {"bytes": ""}}, r"lacks its image \(embedded\)"), ({"answer": "1"}, "has no question"),
+    ({"question": "Q", "answer": "[]"}, "has no answer"), ({"answer": "10^{324}"}, "no rule can grade right"), ({"image": "empty.png"}, "broken picture"),
+]
+# Set, change of row k or bytes in place of the archive, message
+BROKEN = [
+    ("hrmmsearch", lambda k, row: {"sample_id": k, "query": "Q"}, "lacks answers or answer or ground_truth or .*; it has sample_id, query"),
+    ("hrmmsearch", lambda k, row: row | {"query_image": {"bytes": b"", "path": None}}, r"lacks its image \(embedded\)"),
+    ("virl39k", lambda k, row: row | {"image": ["images/gone.png"]}, r"\(virl39k/q0\) lacks its image \(images/gone"),
+    ("hrmmsearch", lambda k, row: row | {"query_image": None}, r"hrmmsearch: row 0 \(hrmmsearch/0\) has no image"),
+    ("hrbench4k", lambda k, row: row | {"cycle_category": "one"}, "hrbench4k: 800 problems, expected 200"),
+    ("vstar", lambda k, row: row if k else None, "vstar: 190 problems, expected 191"), ("virl39k", b"no archive", "virl39k: an archive in .* is broken"),
+]
+# A file of one's own, its rows, message
+UNREADABLE = [
+    ("mine.jsonl", ({"question": "Q", "images": []},), "lacks answers or answer or .*; it has question, images"),
+    ("mine.jsonl", (), "lacks question or problem .*, answers or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2"),
+    ("mine.json", (b"",), "lacks question or .*, answers or"), ("mine.json", (b"5",), "has a row 0 that is no object"),
+    ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
+]
+ASKED, SEEN, ANSWERED = {"role": "user", "content": "Q"}, {"role": "tool", "content": "2"}, assistant("<think>\nb\n</think>\n\nB")
+CALL = {"type": "function", "id": "1", "function": {"name": "python", "arguments": '{"code": "print(2)"}'}}
+CALLED = '<tool_call>\n{"name": "python", "arguments": {"code": "print(2)"}}\n</tool_call>'
+ALIKE = [
+    ([assistant("<think>c</think>" + CALLED), {"role": "user", "content": "<tool_response>\n<image>2\n</tool_response>"}, ANSWERED], ["c</think>" + CALLED, "<image>2", "b\n</think>\n\nB"]),
+    ([assistant("Let me.", tool_calls=[CALL["function"] | {"arguments": {"code": "print(2)"}}]), SEEN, ANSWERED], ["\n</think>\n\nLet me.\n" + CALLED, "2", "b\n</think>\n\nB"]),
+    ([assistant(reasoning_content="c", tool_calls=[CALL]), SEEN | {"tool_call_id": "1"}, ANSWERED], ["c\n</think>\n\n" + CALLED, "2", "b\n</think>\n\nB"]),
+    ([assistant("b\n</think>\n\nB", reasoning_content=None, tool_calls=[])], ["b\n</think>\n\nB"]), ([assistant("B", reasoning_content="b\n")], ["b\n</think>\n\nB"]),
+    ([assistant("<think>\nc" + CALLED), SEEN, ANSWERED], ["c" + CALLED, "2", "b\n</think>\n\nB"]), ([assistant("B")], ["\n</think>\n\nB"]),
+    ([assistant([{"type": "text", "text": "B"}], reasoning="b")], ["b\n</think>\n\nB"]), ([assistant("<think>\nb\n</think>\n\nB<|im_end|>\n")], ["b\n</think>\n\nB"]),
+]
+# The content of a user's message that says "This <image>?", and what stands beside the messages
+SHOWN = [
+    ([{"type": "text", "text": "This "}, {"type": "image_url", "image_url": {"url": "one.png"}}, {"type": "text", "text": "?"}], []),
+    ([{"text": "This "}, {"image": f"data:image/png;base64,{ENCODED}"}, {"text": "?"}], []),
+    ([{"type": "image", "image": "one.png"}, {"type": "text", "text": "This <image>?"}], []),
+    ([{"type": "text", "text": "This "}, {"type": "image"}, {"type": "text", "text": "?"}], ["one.png"]), ("This <image>?", [{"bytes": None, "path": "one.png"}]),
+]
+REFUSED = [
+    ([ASKED, assistant(tool_calls=[{"function": {"name": "python", "arguments": "print(2)"}}])], "without a name or an object of arguments"), ([], "lacks 'messages'"),
+    ([{"role": "user", "content": "<image><image>"}, ANSWERED], "has 2 tags such as <image> for 1 pictures"), ([assistant("B")], "of 'assistant' where one of 'user'"),
+    ([ASKED, assistant("B"), ASKED, assistant("B")], "a message of 'user' where one of 'tool' must stand"), ([ASKED, assistant(CALLED + "It is")], "as its last word"),
+    ([ASKED, assistant([{"type": "video", "video": "v.mp4"}])], "'video' part, which is not understood"), ([ASKED, assistant()], "is empty, or only thinks"),
+    ([ASKED, assistant([{"type": "image", "image": "one.png"}, "B"])], "a picture by the assistant"), ([ASKED, assistant(tool_calls=[CALL, CALL])], "one call at most"),
+    ([ASKED, assistant("<think>\nb\n</think>\n\nB", reasoning_content="b")], "must think once"), ([ASKED, assistant(CALLED, tool_calls=[CALL])], "one call at most"),
+    ([ASKED, assistant(function_call=CALL)], "with 'function_call', which is not understood"), ([ASKED, assistant("<think>\nb\n</think>\n<|im_end|>")], "only thinks"),
+    ([ASKED, assistant(tool_calls=[CALL]), SEEN], "must end with a message of 'assistant'"), ([ASKED, assistant([{}])], "None part, which"),
+    ([ASKED, {"role": "critic", "content": "B"}], "of 'critic' where one of 'assistant'"), ([ASKED, assistant("B"), SEEN, ANSWERED], "an answer to no tool call: '2'"),
+    ([ASKED, assistant("B", reasoning_content="b</think>")], "must think once"), ([ASKED, assistant([7])], "7 part, which"),
+]
 LOOSE = {"vstar": "direct_attributes/{}.png", "visualprobe": "data/{}.png", "pyvision": "pyvision_image_rl_data/{}.png"}
+# fmt: on
 
 
 def write_set(hub, name, change=lambda k, row: row):
@@ -1930,7 +2036,7 @@ def test_a_mixture_draws_from_every_part_and_from_made_problems(hub, monkeypatch
     assert [len(data.load(*arguments)) for arguments in drawn] == [9, 100, 1000, 5, 43]
 
 
-def test_two_files_of_one_name_unknown_names_and_options_and_many_bad_rows_are_one_sentence(tmp_path):
+def test_files_of_one_name_unknown_names_many_bad_rows_and_broken_json_are_one_sentence(tmp_path):
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
         own_file(folder, {"question": "Q", "answer": "1"})
@@ -1940,6 +2046,8 @@ def test_two_files_of_one_name_unknown_names_and_options_and_many_bad_rows_are_o
     refused("on_bad_row is 'never'; it can be stop or skip", "toy", on_bad_row="never")
     bad = own_file(tmp_path, *[{"question": "Q", "answer": ""}] * 90)
     refused(r"90 of 90 rows .* row 0 .* row 3 \(mine/3\) has no answer; \.\.\.\. Mend", bad)
+    for name, rows, message in UNREADABLE:
+        refused(f"{name} {message}", own_file(tmp_path, *rows, name=name))
 
 
 def test_training_rows_lose_what_evaluation_or_an_earlier_part_has(hub, caplog, monkeypatch):
@@ -1957,81 +2065,14 @@ def test_training_rows_lose_what_evaluation_or_an_earlier_part_has(hub, caplog, 
     assert len(data._evaluation_images()) == 106
 
 
-def write_rows(path, rows):
-    """A file of the kind that its name says, of bytes, or of rows, which in .jsonl may be written out."""
-    if isinstance(rows, bytes):
-        path.write_bytes(rows)
-    elif path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
-    elif path.suffix in (".csv", ".tsv"):
-        with path.open("w", newline="", encoding="utf-8-sig") as stream:
-            writer = csv.DictWriter(stream, rows[0], delimiter="," if path.suffix == ".csv" else "\t")
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    else:
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def own_file(tmp_path, *rows, name="mine.jsonl"):
-    (tmp_path / "one.png").write_bytes(png())
-    (tmp_path / "two.png").write_bytes(png(2))
-    return str(write_rows(tmp_path / name, rows[0] if rows and isinstance(rows[0], bytes) else list(rows)))
-
-
-def own(tmp_path, *rows, **options):
-    return data.load(own_file(tmp_path, *rows, **options))
-
-
 def test_a_jsonl_of_your_own_needs_a_question_and_an_answer(tmp_path):
-    count, who, which, formula = own(
-        tmp_path, {"question": "How many?", "images": ["one.png"], "answer": "3"},
-        '{"question": "Who\u2028is it?", "images": [], "answer": "Ada"}',  # a line end for others
+    who, which, several, number = own(
+        tmp_path, '{"question": "Who\u2028is it?", "images": [], "answer": "Ada"}',  # a line end for others
         {"question": "Hue?", "answer": "blue", "kind": "choice", "options": ["red", "", "blue"], "category": "colour"},
-        {"question": "Formula?", "answer": "ab", "kind": "math", "id": "own"})  # fmt: skip
-    assert [p.kind for p in (count, who, which, formula)] == ["math", "text", "choice", "math"]
-    assert count.images == (tmp_path / "one.png",) and who.images == () and formula.id.endswith("/own")
-    assert which.answers == ("C",) and which.options == ("red", "", "blue") and which.category == "colour"
-    mixed = own(tmp_path, {"question": "Q", "answers": ["a", "b"]}, {"question": "Q", "answer": 3})
-    assert [p.answers for p in mixed] == [("a", "b"), ("3",)]
-
-
-# fmt: off
-ENCODED = base64.b64encode(png()).decode()
-CELLS = [
-    {"image": "one.png"}, {"images": "one.png"}, {"image_path": ["one.png"]}, {"image_paths": '["one.png"]'}, {"img": "/ABSOLUTE/one.png"},
-    {"image": "elsewhere/one.png"}, {"image": "file:///ABSOLUTE/one.png"}, {"image": ENCODED}, {"img": base64.b64encode(png(0, (300, 300))).decode()},
-    {"image": f"data:image/png;base64,{ENCODED}"}, {"images": [{"bytes": None, "path": "one.png"}]}, {"image": None, "images": ["one.png"]},
-    {"question": [{"type": "image", "image": "one.png"}, {"type": "text", "text": "Q"}]},
-]
-# A row, and its kind, answer and options
-READ = [
-    ({"problem": "Q", "solution": "\\boxed{\\frac{1}{2}}"}, "math", "\\frac{1}{2}", ""), ({"query": "Q", "ground_truth": "$\\boxed{12}$"}, "math", "12", ""),
-    ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "reward_model": {"ground_truth": "a", "candidate_answers": "[]"}}, "text", "a", ""),
-    ({"question": "Which? (A)one(B) two", "answer": "two"}, "choice", "B", "one two"), ({"question": "In City A. Suppose B. is it", "answer": "12"}, "math", "12", ""),
-    ({"question": "In City A. Hue? choice:(A) A (B) B (C)", "answer": "C"}, "choice", "C", "A B "), ({"question": "Q", "answer": "The 39 Steps"}, "text", "The 39 Steps", ""),
-    ({"question": "Q", "answer": "$$1$$ $$-1$$"}, "math", "$$1$$ $$-1$$", ""), ({"question": "Q", "answer": float("nan"), "gt": 7}, "math", "7", ""),
-    ({"answer": "B", "choices": ["red", "blue"]}, "choice", "B", "red blue"), ({"answer": "Blue", "choices": {"A": "red", "B": "blue"}}, "choice", "B", "red blue"),
-    ({"answer": "B. blue", "options": ["(A) red", "(B) blue"]}, "choice", "B", "red blue"), ({"answer": "b", "options": "['red', 'blue']"}, "choice", "B", "red blue"),
-    ({"answer": "D", "options": ["F", "D", "B", "I"]}, "choice", "D", "F D B I"), ({"answer": "A", "A": "red", "B": "blue", "C": ""}, "choice", "A", "red blue"),
-    ({"answer": "(b)", "options": "A. red\nB. blue", "kind": "text"}, "text", "(b)", "red blue"),
-]
-# A question, the number of its pictures, how it is shown, and the order of the pictures
-TAGGED = [
-    ("The first is <image>. The second is <image>.", 2, "The first is <image>. The second is <image>.", (0, 1)),
-    ("<image2> or <image 1>?", 2, "<image> or <image>?", (1, 0)), ("See <|vision_start|><|image_pad|><|vision_end|> here", 1, "See <image> here", (0,)),
-    ("Hue?", 2, "<image>\n<image>\nHue?", (0, 1)), ("What does <image> mean in <Image1>?", 0, "What does [image] mean in [Image1]?", ()),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_picture_is_found_however_its_column_is_called_and_whatever_its_cell_holds(tmp_path, cell):
-    (problem,) = own(tmp_path, json.dumps({"question": "Q", "gt": "1"} | cell).replace("/ABSOLUTE", str(tmp_path)))
-    assert len(problem.images) == 1 and problem.question.replace("\n", "") == "<image>Q"
-    assert data.open_image(problem.images[0]).size in ((4, 3), (300, 300))
+        {"question": "Formula?", "answers": ["a", "b"], "kind": "math", "id": "own"}, {"question": "Q", "answer": 3})  # fmt: skip
+    assert (who.kind, who.images, which.kind, which.answers, which.category) == ("text", (), "choice", ("C",), "colour")
+    assert which.options == ("red", "", "blue") and (several.kind, several.answers) == ("math", ("a", "b"))
+    assert several.id.endswith("/own") and (number.kind, number.answers) == ("math", ("3",))
 
 
 @pytest.mark.parametrize("row, kind, answers, options", READ)
@@ -2045,11 +2086,15 @@ def test_columns_options_and_golds_are_understood_as_people_write_them(tmp_path,
     assert "not understood" not in caplog.text
 
 
-@pytest.mark.parametrize("question, pictures, shown, order", TAGGED)
-def test_a_picture_stands_where_its_tag_stands(tmp_path, question, pictures, shown, order):
-    files = ["one.png", "two.png"]
-    (problem,) = own(tmp_path, {"question": question, "images": files[:pictures], "answer": "1"})
-    assert problem.question == shown and problem.images == tuple(tmp_path / files[i] for i in order)
+@pytest.mark.parametrize("row, shown, pictures", FOUND)
+def test_a_picture_is_found_whatever_its_column_and_cell_are_and_stands_where_its_tag_stands(
+    tmp_path, row, shown, pictures
+):
+    (problem,) = own(tmp_path, json.dumps({"question": "Q", "gt": "1"} | row).replace("/ABSOLUTE", str(tmp_path)))
+    assert problem.question == shown
+    assert [data.open_image(ref).tobytes() for ref in problem.images] == [
+        data.open_image(png(*one)).tobytes() for one in pictures
+    ]
 
 
 @pytest.mark.parametrize("name", ["mine.json", "mine.parquet", "mine.csv", "mine.tsv"])
@@ -2078,23 +2123,6 @@ def test_options_may_be_pictures_in_their_lines_or_drawn_in_one_and_odd_golds_ar
     drawn, boxed, bare = data.load("mathvision")[:3]
     assert (drawn.question, drawn.options, drawn.answers) == ("Which? <image>", ("A", "B"), ("B",))
     assert (boxed.answers, boxed.kind, bare.answers, bare.kind) == (("7",), "math", ("C",), "choice")
-
-
-# fmt: off
-# A row, and what is said of it
-BAD_ROWS = [
-    ({"question": "Q"}, "has no answer"), ({"question": "Q", "answer": "[]"}, "has no answer"), ({"answer": "1"}, "has no question"),
-    ({"answer": "\\boxed{}", "question": "Q"}, "has no answer"), ({"image": "gone.png"}, r"lacks its image \(gone.png\) in "),
-    ({"image": {"bytes": ""}}, r"lacks its image \(embedded\)"), ({"image": "half.png"}, "broken picture: .*half.png.* cannot be decoded"),
-    ({"image": "note.txt"}, "broken picture: .*note.txt"), ({"image": "empty.png"}, "broken picture"), ({"image": "A" * 101}, r"lacks its image \(AAA"),
-    ({"image": "long.png"}, "sides are 8 and 4000 pixels, .* at most 1 : 200"), ({"answer": "10^{324}"}, "no rule can grade right"),
-    ({"image": "one.png", "question": "<image> or <image>?"}, "has 2 tags .* for 1 pictures"),
-    ({"images": ["one.png", "two.png"], "question": "<image>?"}, "has 1 tags such as <image> for 2 pictures"),
-    ({"options": ["red", "blue"], "answer": "green"}, "the answer 'green', which is neither a letter nor an option"),
-    ({"options": ["red", "blue"], "answer": "E"}, "neither a letter nor an option"), ({"options": "red, blue"}, "has the options .*red, blue.*: make them a list"),
-    ({"question": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}]}, "'assistant' part, which is not"),
-]
-# fmt: on
 
 
 @pytest.mark.parametrize(("row", "said"), BAD_ROWS)
@@ -2135,27 +2163,6 @@ def test_an_absent_or_refusing_hub_is_one_sentence(hub, monkeypatch):
         refused(message, "vstar")
 
 
-# fmt: off
-# Set, change of row k or bytes in place of the archive, message
-BROKEN = [
-    ("hrmmsearch", lambda k, row: {"sample_id": k, "query": "Q"}, "lacks answers or answer or ground_truth or .*; it has sample_id, query"),
-    ("vstar", lambda k, row: row if k else None, "vstar: 190 problems, expected 191"),
-    ("hrbench4k", lambda k, row: row | {"cycle_category": "one"}, "hrbench4k: 800 problems, expected 200"),
-    ("hrmmsearch", lambda k, row: row | {"query_image": None}, r"hrmmsearch: row 0 \(hrmmsearch/0\) has no image"),
-    ("hrmmsearch", lambda k, row: row | {"query_image": {"bytes": b"", "path": None}}, r"lacks its image \(embedded\)"),
-    ("virl39k", lambda k, row: row | {"image": ["images/gone.png"]}, r"\(virl39k/q0\) lacks its image \(images/gone"),
-    ("virl39k", b"no archive", "virl39k: an archive in .* is broken"),
-]
-# A file of one's own, its rows, message
-UNREADABLE = [
-    ("mine.jsonl", ({"question": "Q", "images": []},), "lacks answers or answer or .*; it has question, images"),
-    ("mine.jsonl", (), "lacks question or problem .*, answers or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2"),
-    ("mine.json", (b"",), "lacks question or .*, answers or"), ("mine.json", (b"5",), "has a row 0 that is no object"),
-    ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
-]
-# fmt: on
-
-
 @pytest.mark.parametrize(("name", "change", "message"), BROKEN)
 def test_what_is_missing_or_broken_is_named(hub, name, change, message):
     if isinstance(change, bytes):
@@ -2174,11 +2181,6 @@ def test_a_gold_of_a_benchmark_that_no_rule_grades_right_stays_and_one_to_learn_
     refused("fvqa: row 0 .* the answer 'Ada', which no rule can grade right", "fvqa")
 
 
-@pytest.mark.parametrize(("name", "rows", "message"), UNREADABLE)
-def test_a_bad_json_or_jsonl_is_named(tmp_path, name, rows, message):
-    refused(f"{name} {message}", own_file(tmp_path, *rows, name=name))
-
-
 def test_a_file_of_ones_own_is_not_taken_for_the_set_of_its_name(hub, tmp_path):
     write_set(hub, "visualprobe")
     row = {"question": "Q", "answer": "\\boxed{1} and \\boxed{2}", "images": ["one.png"]}
@@ -2186,50 +2188,6 @@ def test_a_file_of_ones_own_is_not_taken_for_the_set_of_its_name(hub, tmp_path):
     (tmp_path / "one.png").write_bytes(png(3))  # visualprobe has it too
     (problem,) = data.load(path)
     assert problem.id == "fvqa/0" and problem.answers == (row["answer"],)  # two boxes are no answer in a box
-
-
-def assistant(content=None, **more):
-    return {"role": "assistant", "content": content} | more
-
-
-# fmt: off
-ASKED, SEEN, ANSWERED = {"role": "user", "content": "Q"}, {"role": "tool", "content": "2"}, assistant("<think>\nb\n</think>\n\nB")
-CALL = {"type": "function", "id": "1", "function": {"name": "python", "arguments": '{"code": "print(2)"}'}}
-CALLED = '<tool_call>\n{"name": "python", "arguments": {"code": "print(2)"}}\n</tool_call>'
-ALIKE = [
-    ([assistant("B")], ["\n</think>\n\nB"]), ([assistant("<think>\nb\n</think>\n\nB<|im_end|>\n")], ["b\n</think>\n\nB"]),
-    ([assistant("b\n</think>\n\nB", reasoning_content=None, tool_calls=[])], ["b\n</think>\n\nB"]),
-    ([assistant("B", reasoning_content="b\n")], ["b\n</think>\n\nB"]), ([assistant([{"type": "text", "text": "B"}], reasoning="b")], ["b\n</think>\n\nB"]),
-    ([assistant(reasoning_content="c", tool_calls=[CALL]), SEEN | {"tool_call_id": "1"}, ANSWERED], ["c\n</think>\n\n" + CALLED, "2", "b\n</think>\n\nB"]),
-    ([assistant("Let me.", tool_calls=[CALL["function"] | {"arguments": {"code": "print(2)"}}]), SEEN, ANSWERED],
-     ["\n</think>\n\nLet me.\n" + CALLED, "2", "b\n</think>\n\nB"]),
-    ([assistant("<think>\nc" + CALLED), SEEN, ANSWERED], ["c" + CALLED, "2", "b\n</think>\n\nB"]),
-    ([assistant("<think>c</think>" + CALLED), {"role": "user", "content": "<tool_response>\n<image>2\n</tool_response>"}, ANSWERED],
-     ["c</think>" + CALLED, "<image>2", "b\n</think>\n\nB"]),
-]
-# The content of a user's message that says "This <image>?", and what stands beside the messages
-SHOWN = [
-    ([{"type": "text", "text": "This "}, {"type": "image_url", "image_url": {"url": "one.png"}}, {"type": "text", "text": "?"}], []),
-    ([{"text": "This "}, {"image": f"data:image/png;base64,{ENCODED}"}, {"text": "?"}], []),
-    ([{"type": "image", "image": "one.png"}, {"type": "text", "text": "This <image>?"}], []),
-    ([{"type": "text", "text": "This "}, {"type": "image"}, {"type": "text", "text": "?"}], ["one.png"]),
-    ("This <image>?", [{"bytes": None, "path": "one.png"}]),
-]
-REFUSED = [
-    ([ASKED, assistant("B"), ASKED, assistant("B")], "a message of 'user' where one of 'tool' must stand"), ([], "lacks 'messages'"),
-    ([assistant("B")], "of 'assistant' where one of 'user'"), ([ASKED, {"role": "critic", "content": "B"}], "of 'critic' where one of 'assistant'"),
-    ([ASKED, assistant("B"), SEEN, ANSWERED], "an answer to no tool call: '2'"), ([ASKED, assistant(CALLED + "It is")], "as its last word"),
-    ([ASKED, assistant(tool_calls=[CALL]), SEEN], "must end with a message of 'assistant'"), ([ASKED, assistant()], "is empty, or only thinks"),
-    ([ASKED, assistant(tool_calls=[CALL, CALL])], "one call at most"), ([ASKED, assistant(CALLED, tool_calls=[CALL])], "one call at most"),
-    ([ASKED, assistant("<think>\nb\n</think>\n<|im_end|>")], "only thinks"), ([ASKED, assistant("B", reasoning_content="b</think>")], "must think once"),
-    ([ASKED, assistant("<think>\nb\n</think>\n\nB", reasoning_content="b")], "must think once"), ([ASKED, assistant([{}])], "None part, which"),
-    ([ASKED, assistant(function_call=CALL)], "with 'function_call', which is not understood"), ([ASKED, assistant([7])], "7 part, which"),
-    ([ASKED, assistant(tool_calls=[{"function": {"name": "python", "arguments": "print(2)"}}])], "without a name or an object of arguments"),
-    ([ASKED, assistant([{"type": "video", "video": "v.mp4"}])], "'video' part, which is not understood"),
-    ([ASKED, assistant([{"type": "image", "image": "one.png"}, "B"])], "a picture by the assistant"),
-    ([{"role": "user", "content": "<image><image>"}, ANSWERED], "has 2 tags such as <image> for 1 pictures"),
-]
-# fmt: on
 
 
 @pytest.mark.parametrize("messages, turns", ALIKE)
