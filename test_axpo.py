@@ -21,6 +21,7 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1419,6 +1420,28 @@ import matplotlib.pyplot as plt; plt.figure(facecolor='none'); plt.show()"""
         assert [greys(image)[0] for image in seen.images] == [255, 255, 128, 255], seen.text
     with Toolbox(pictures * 9, tool_config) as toolbox:
         assert tool_call(toolbox, code="len(_images), _pil_images[143].size").text == "(144, (2, 1))"
+
+
+def raw_png(depth, colour, pixels, clear):
+    """Two pixels of a PNG whose clear colour is as raw as they are."""
+    packed = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))  # noqa: E731
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", 2, 1, depth, colour, 0, 0, 0),
+        b"tRNS": clear,
+        b"IDAT": zlib.compress(b"\0" + pixels),
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed(*part) for part in parts.items()) + packed(b"IEND", b"")
+
+
+def test_tool_pictures_of_few_or_many_bits_have_their_clear_colour():
+    wide = struct.pack(">6H", 0x1000, 0x2000, 0x3000, 0x4000, 0, 0)
+    for picture, second in (
+        (raw_png(2, 0, b"\x60", b"\0\1"), (170,) * 3),
+        (raw_png(4, 0, b"\x36", b"\0\3"), (102,) * 3),
+        (raw_png(16, 2, wide, wide[:6]), (64, 0, 0)),
+    ):
+        image = tools.open_image(picture)
+        assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, second]
 
 
 def test_tool_pictures_that_cannot_be_decoded_are_one_sentence(tool_config, tmp_path):

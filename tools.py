@@ -235,6 +235,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 
     if 0 in image.size:
         raise ValueError("the picture is empty")
+    raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how a file not yet decoded stores its pixels
+    key = image.info.get("transparency")
+    if raw in ("L;2", "L;4") and isinstance(key, int):  # Pillow scales the pixels to 8 bits, but not the clear colour
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[raw]
+    if raw == "RGB;16B" and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     with suppress(Exception):  # metadata may be broken; what is wrong with the pixels shows up below
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
