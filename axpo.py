@@ -2038,7 +2038,7 @@ class Run:
         if is_first() and batch.groups:
             path = self.folder / "rollouts" / f"{step:06d}.html"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(group_page(batch, policy, f"{self.folder.name}, step {step}"), encoding="utf-8")
+            path.write_text(group_page(batch, policy, f"Step {step}"), encoding="utf-8")
 
     def draw_curves(self) -> None:
         """curves.png from metrics.jsonl. A step is noisy: a line is a running mean over a twentieth of the steps."""
