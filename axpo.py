@@ -50,7 +50,6 @@ import time
 import urllib.request
 import warnings
 import zlib
-from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -758,14 +757,17 @@ class Row:
 
 
 class Engine:
-    """Decodes many rollouts side by side. Keys and values lie in one pool of pages, of which a row has a list, so that
-    memory is taken by tokens that exist. `feed` is the only way in: it brings the pool up to the last token of some
-    rows, be it of a prompt, of an observation or the one sampled last. Siblings share the pages of what they have in
-    common (the prompt, or a resampled prefix): the first computes it, the others join a step later. Where the pool is
-    full, the youngest row gives its pages back and returns to the queue, to be fed again from its ids: its text stays
-    the same, as its random draws are its own. Tools run on threads while others decode. Their results are collected
-    every few steps, never when they happen to be done: what is computed together, and so every bit of it, doesn't
-    depend on how fast a tool was."""
+    """Decodes many rollouts side by side.
+
+    - Keys and values lie in one pool of pages, of which a row has a list: memory is taken by tokens that exist.
+    - `feed` is the only way in: it brings the pool up to the last token of some rows, be it of a prompt, of an
+      observation or the one sampled last.
+    - Siblings share the pages of what they have in common, a prompt or a resampled prefix: the first of them computes
+      it, the others join a step later.
+    - Where the pool is full, the youngest row gives its pages back and returns to the queue, to be fed again from its
+      ids. Its text stays the same, as its random draws are its own.
+    - Tools run on threads while others decode. Their results are collected every few steps, never when they happen to
+      be done: so what is computed together, and every bit of it, doesn't depend on how fast a tool was."""
 
     FEED_TOKENS = 16384  # at most so many in one pass, or one row's
 
@@ -788,7 +790,7 @@ class Engine:
             self.pool = torch.zeros(shape, dtype=policy.dtype, device=self.device)
         else:  # NumPy's zeros take memory only once they are written
             self.pool = torch.from_numpy(np.zeros(pages * self.page_bytes, np.uint8)).view(policy.dtype).view(shape)
-        self.free, self.users = list(range(1, pages)), [0] * pages  # the free ones in order
+        self.free, self.users = list(range(1, pages)), [0] * pages
         self.rows: list[Row] = []  # the oldest first
         self.queue: deque[Row] = deque()  # put back, to be fed again
         self.clock, self.kernel, self.graphs = 0, cuda and paged_kernel_works(self.device), {}
@@ -891,8 +893,8 @@ class Engine:
         """Pages for the first `length` tokens of a row. Where none is free, the youngest row is put back. False if that
         was this one."""
         while len(row.pages) * self.page < length:
-            if self.free:  # what is shared lies at the pool's end, so that own pages are one stretch for `attend_pages`
-                page = self.free.pop(-1 if len(row.pages) < self.shared_pages(row) else 0)
+            if self.free:
+                page = self.free.pop()
                 self.users[page] = 1
                 row.pages.append(page)
             else:
@@ -907,7 +909,7 @@ class Engine:
         for page in row.pages:
             self.users[page] -= 1
             if self.users[page] == 0:
-                insort(self.free, page)
+                self.free.append(page)
         row.pages, row.cached = [], 0
 
     def collect(self) -> None:
@@ -1034,9 +1036,9 @@ class Engine:
         return attend
 
     def attend_pages(self, rows: list[Row]) -> Callable:
-        """Attention of one token of each row, put together from softmaxes by their largest scores and their sums: one
-        over each page of a row's own, as it lies in the pool, without a copy; and one over each block of pages that
-        siblings share, which is read once for all of them."""
+        """Attention of one token of each row, put together from several softmaxes by their largest scores and their
+        sums: one over each page of a row's own, and one over each block of pages that siblings share, which is read
+        once for all of them."""
         blocks: dict[tuple[int, ...], list[int]] = {}  # the rows that have these pages
         own = []  # (page, its row, how many of its tokens are there)
         for i, row in enumerate(rows):
@@ -1045,17 +1047,14 @@ class Engine:
                 blocks.setdefault(tuple(row.pages[:shared]), []).append(i)
             for j, page in enumerate(row.pages[shared:], shared):
                 own.append((page, i, row.cached - j * self.page))
-        owner, there = torch.zeros(2, 1 + max(own)[0], dtype=torch.long)
         pages, owners, lengths = torch.tensor(own).T
-        owner[pages], there[pages] = owners, lengths
-        owner = self.put(owner)
-        missing = self.put(torch.arange(self.page) >= there[:, None, None, None])
+        pages, owners, missing = map(self.put, (pages, owners, torch.arange(self.page) >= lengths[:, None, None, None]))
         deepest, widest = max(map(len, blocks), default=0), max(map(len, blocks.values()), default=0)
-        tables = self.put([[*pages, *[0] * (deepest - len(pages))] for pages in blocks])
+        tables = self.put([[*block, *[0] * (deepest - len(block))] for block in blocks])
         users = self.put([[*users, *[-1] * (widest - len(users))] for users in blocks.values()], torch.long)
-        tokens = self.page * torch.tensor([len(pages) for pages in blocks])
+        tokens = self.page * torch.tensor([len(block) for block in blocks])
         padding = self.put(torch.arange(deepest * self.page) >= tokens[:, None, None])
-        row_of = torch.cat([owner, users[users >= 0]])  # of each softmax
+        row_of = torch.cat([owners, users[users >= 0]])  # of each softmax
 
         def softmaxes(q: Tensor, keys: Tensor, values: Tensor, unseen: Tensor) -> list[Tensor]:
             scores = (q @ keys.float().mT).masked_fill(unseen, -1e30)
@@ -1066,7 +1065,7 @@ class Engine:
         def attend(layer: int, q: Tensor) -> Tensor:
             pool = self.pool[layer]
             q = (q.float() / q.shape[-1] ** 0.5).unflatten(1, (pool.shape[2], -1))  # (R, h, H / h, d)
-            parts = softmaxes(q[owner], *pool[:, : len(owner)], missing)
+            parts = softmaxes(q[owners], *pool[:, pages], missing)
             if blocks:
                 together = q[users].permute(2, 0, 1, 3, 4).flatten(2, 3)  # (h, blocks, widest * H / h, d)
                 keys, values = pool.transpose(1, 2)[:, :, tables].flatten(3, 4)  # (h, blocks, tokens, d)
