@@ -2253,9 +2253,8 @@ def main(cfg: Config) -> None:
     start_processes(cfg)
     base = Path(cfg.model)
     started_from = "-".join(base.parts[-2:]) if base.is_dir() else base.name
-    folder = Path(cfg.output_dir) / (
-        cfg.name or f"{started_from}-{cfg.stage if cfg.stage in ('eval', 'diagnose') else cfg.algo}"
-    )
+    purpose = cfg.stage if cfg.stage in ("eval", "diagnose") else cfg.algo
+    folder = Path(cfg.output_dir) / (cfg.name or f"{started_from}-{purpose}")
     for first in (True, False):  # the others find in the caches what the first one downloaded
         if first == is_first():
             problems, held_out = load_data(cfg)
@@ -2279,6 +2278,7 @@ def main(cfg: Config) -> None:
             continue
         if not run.finished(stage, steps):
             begun = str(folder / "sft") if stage == "rl" and run.finished("sft", 0) else cfg.model
+            print(f"{stage} starts from {begun}")
             if loaded != (begun, True):
                 policy = None  # make room
                 policy = load_policy(begun, cfg)
