@@ -2089,9 +2089,10 @@ def picture_tag(image) -> str:
 def group_page(batch: Batch, policy: Policy, title: str) -> str:
     """A question's group as a page of HTML: its rollouts, and as a tree each resampled prefix with what its source
     wrote behind it, which is not trained on, and what was drawn instead. Tokens are tinted by their advantage. The
-    group is the one whose prefix has the largest, if there is one."""
+    group is a recovered one, if there is one, with as many right as wrong."""
     streams = {s.rollout: s for s in batch.streams}
-    shown = max(batch.resamples, key=lambda x: streams[x.rollout].advantage, default=None)
+    mixed = lambda x: -abs(mean(x.prefix.rewards) - 0.5)  # noqa: E731
+    shown = max(batch.resamples, key=lambda x: (x.recovered, mixed(x)), default=None)
     question = shown.prefix.question if shown else min(batch.groups)
     group = batch.groups.get(question, [])  # another process's, perhaps
 
