@@ -2307,15 +2307,18 @@ def test_a_checkpoint_keeps_its_dtype_and_what_only_others_need(own_run, cfg, tm
     assert (tmp_path / "b/video_preprocessor_config.json").read_text() == "{}"
 
 
-def test_a_finished_run_changes_nothing_goes_on_for_more_steps_once_they_fit_on_the_disk_and_has_stages_of_their_own(
-    one, job
-):
+def test_a_finished_run_takes_more_steps_or_other_problems_and_nothing_else_and_its_stages_run_alone(one, job):
+    """Started again it changes nothing; with another configuration it is refused; its next step waits for a full disk."""
+
     def state():
         files = [path for path in one[0].rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
         return {path: path.read_bytes() for path in files}, last_rows(one[0])
 
     before = state()
     assert run(SHARED).split("| data")[-1] == one[1].split("| data")[-1] and state() == before
+    for name, value, was in (("lr", "0.5", "0.0003, not 0.5"), ("algo", "grpo", "'axpo', not 'grpo'")):
+        said = f"runs/shared was begun with --{name} {was}: give another --name, or delete the folder"
+        assert said in sentence(SHARED, f"--{name}", value) and state() == before
     folder, more = one[0].parent / "more", SHARED + " --name more --steps 3"
     shutil.copytree(one[0], folder)
     codes, out = job(command, more, largest=1_000_000)
@@ -2435,14 +2438,6 @@ BAD_INPUT = {
 def test_bad_input_gets_one_sentence_and_does_not_claim_the_folder(tmp_path, arguments, says):
     said = sentence("--output_dir", tmp_path, "--name", "bad", TINY, arguments)
     assert says in said and len(said) < 400 and not (tmp_path / "bad").exists()
-
-
-def test_another_configuration_in_the_same_folder_is_refused_and_one_that_changes_nothing_is_not(one):
-    for name, value, was in (("lr", "0.5", "0.0003, not 0.5"), ("algo", "grpo", "'axpo', not 'grpo'")):
-        said = sentence(SHARED, f"--{name}", value)
-        assert f"runs/shared was begun with --{name} {was}: give another --name, or delete the folder" in said
-    axpo.Run(one[0], parsed(SHARED, "--threads 3 --save_minutes 5 --max_rows 7"))
-    axpo.Run(one[0], parsed(SHARED))
 
 
 def test_a_model_that_cannot_be_trained_here_is_refused_in_one_sentence(own_run, cfg, tmp_path):
