@@ -294,9 +294,7 @@ def with_text_at_every_seam(policy, text):
 
 
 @pytest.mark.parametrize("tokenizer", ["toy", "merging"])
-def test_ids_are_those_of_the_whole_text_in_one_go_at_every_seam_but_that_others_control_tokens_are_text(
-    policy, tokenizer
-):
+def test_ids_are_those_of_the_whole_text_at_every_seam_where_foreign_control_tokens_are_text(policy, tokenizer):
     policy = policy if tokenizer == "toy" else merging_tokenizer(policy)
     control = set(policy.tokenizer.get_added_vocab().values())
     framed = [i for i in with_text_at_every_seam(policy, "o")[0] if i in control]
@@ -363,30 +361,27 @@ BAD, OPEN = SCRIPTED_CALL % "no json", "x\n</think>\n\n<tool_call>\nnever closed
 ZOOM_IN = SCRIPTED_CALL % '{"name": "image_zoom_in", "arguments": {"bbox_2d": [200, 300, 700, 800], "label": "flag"}}'
 
 
-@pytest.mark.parametrize("turns, limits, stop, calls, executed, right", [
-    ([ZOOM_IN, ZOOM_IN, SCRIPTED_ANSWER], {}, "answer", 2, 2, 1),
-    ([BAD, SCRIPTED_ANSWER], {}, "answer", 1, 1, 1),
-    ([OPEN, SCRIPTED_ANSWER], {}, "answer", 1, 1, 1),
-    (["I quote <tool_call> while thinking." + SCRIPTED_ANSWER], {}, "answer", 0, 0, 1),
-    ([BAD, SCRIPTED_CALL % "{}", SCRIPTED_ANSWER], {"max_turns": 2}, "turns", 2, 1, 0),
-    ([BAD], {"max_response_tokens": 8}, "length", 1, 0, 0),
-    (["word " * 30], {"max_response_tokens": 8}, "length", 0, 0, 0),
+@pytest.mark.parametrize("turns, limits, ends", [  # with this stop, so many calls and observations, and this reward
+    ([ZOOM_IN, ZOOM_IN, SCRIPTED_ANSWER], {}, ("answer", 2, 2, 1)),
+    ([BAD, SCRIPTED_ANSWER], {}, ("answer", 1, 1, 1)),
+    ([OPEN, SCRIPTED_ANSWER], {}, ("answer", 1, 1, 1)),
+    (["I quote <tool_call> while thinking." + SCRIPTED_ANSWER], {}, ("answer", 0, 0, 1)),
+    ([BAD, SCRIPTED_CALL % "{}", SCRIPTED_ANSWER], {"max_turns": 2}, ("turns", 2, 1, 0)),
+    ([BAD], {"max_response_tokens": 8}, ("length", 1, 0, 0)),
+    (["word " * 30], {"max_response_tokens": 8}, ("length", 0, 0, 0)),
 ])  # fmt: skip
-def test_a_rollout_ends_at_an_answer_or_a_limit_and_what_was_not_drawn_is_not_marked_as_sampled(
-    monkeypatch, policy, cfg, turns, limits, stop, calls, executed, right
-):
+def test_a_rollout_ends_at_an_answer_or_a_limit_and_marks_what_was_drawn(monkeypatch, policy, cfg, turns, limits, ends):
     r, script = play_one(monkeypatch, policy, FLAG, turns, cfg, **limits)
-    assert (r.stop, len(r.calls), r.turns - 1, len(r.observations)) == (stop, calls, executed, executed)
-    drawn, limit = sampled(r), limits.get("max_response_tokens", 200)
-    assert drawn == script[: len(drawn)] and (drawn == script or stop != "answer")
-    assert len(r.ids) - r.prompt_len <= limit
+    assert (r.stop, len(r.calls), len(r.observations), axpo.grade(r.problem, r.response)) == ends
+    assert r.turns == len(r.observations) + 1 and len(r.ids) - r.prompt_len <= limits.get("max_response_tokens", 200)
+    drawn, seen = sampled(r), 2 * (ZOOM_IN in turns)
+    assert drawn == script[: len(drawn)] and (drawn == script or r.stop != "answer")
     assert all((logp == 0) != own for logp, own in zip(r.logps, r.sampled))
-    seen = 2 * (ZOOM_IN in turns)
     assert sum(c.ok for c in r.calls) == seen and len(r.pictures) == 1 + seen
     for call, said in zip(r.calls, turns):
         assert r.ids[call.start - 1] == policy.call_open
-        assert r.ids[call.end - 1] == policy.call_close or said == OPEN or stop == "length"
-    assert axpo.grade(r.problem, r.response) == right and (r.response in turns[-1]) >= right
+        assert r.ids[call.end - 1] == policy.call_close or said == OPEN or r.stop == "length"
+    assert r.stop != "answer" or r.response == turns[-1]
 
 
 @pytest.mark.parametrize("padding", range(8))
@@ -782,9 +777,7 @@ def updated(policy, streams, cfg, **options):
 @pytest.mark.parametrize("dtype, temperature, error", [
     (torch.float32, 1.0, 1e-5), (torch.float32, 0.7, 1e-5), (torch.bfloat16, 1.0, 0.02),
 ])  # fmt: skip
-def test_log_probs_and_gradients_equal_transformers_own_on_padded_rows_and_tool_output_gets_none(
-    tree, theirs, policy, dtype, temperature, error
-):
+def test_tool_output_gets_no_gradient_and_all_else_transformers_own(tree, theirs, policy, dtype, temperature, error):
     """Prompt, rollouts, resampled prefix and continuations, alone and side by side, of a question with pictures in
     question and observations. The vocabulary's layer, through which all gradient must go, sees what comes before a
     sampled token alone."""
@@ -2111,7 +2104,7 @@ def sentence(*words):
 def command(*words, largest=None):
     """The command line in a process of its own, which may not write files larger than that."""
     if largest:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     try:
         axpo.main(parsed(*words))
     except (ValueError, OSError) as error:
@@ -2664,12 +2657,11 @@ def test_a_busy_judge_is_asked_again_when_it_says_and_a_silent_one_is_one_senten
 # --- Several processes. What one does is the measure -------------------------------------------------------------------
 def train_alike(one, folder):
     ones, others = last_rows(one), last_rows(folder)
-    assert ones.keys() == others.keys()
     rough = {"loss": 1e-6, "grad_norm": 0, "kl": 1e-6, "sampler_gap": 1e-5, "ratio": 0, "clip_fraction": 0}
-    for at, row in ones.items():
-        for name, value in row.items():
-            near = pytest.approx(value, rel=1e-4, abs=rough[name]) if name in rough and value is not None else value
-            assert others[at][name] == near, (at, name)
+    for row in ones.values():
+        for name in [name for name in rough if row.get(name) is not None]:
+            row[name] = pytest.approx(row[name], rel=1e-4, abs=rough[name])
+    assert others == ones
     assert gap(one, one.parent / "hand", "sft") > 1e-3 and gap(one, folder, "sft") < 1e-5 > gap(one, folder, "rl")
     for name in ("eval-sft.jsonl", "eval-rl.jsonl"):
         assert by_problem(one / name) == by_problem(folder / name)
@@ -2702,8 +2694,7 @@ def updates_by_hand(cfg, folder):
     for hands in ((streams[:5], streams[5:7]), (seen[:3], text[:2]), ([], streams[:4])):
         policy, reference = axpo.load_policy("toy", cfg), axpo.load_policy("toy", cfg, trained=False)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
-        many = torch.distributed.is_initialized()
-        mine = hands[torch.distributed.get_rank()] if many else [*hands[0], *hands[1]]
+        mine = hands[torch.distributed.get_rank()] if torch.distributed.is_initialized() else sum(hands, [])
         metrics = axpo.update(policy, reference, optimizer, mine, 8, cfg)
         with axpo.gathered(policy):
             found.append((flat(policy), metrics))
@@ -2822,9 +2813,7 @@ def generate_again(model, policy, rollouts, cfg):
     rows that have the turn, left-padded, everything before it encoded anew; then the tools, on as many threads. A
     logits processor dictates the same tokens."""
     boxes = {r: Toolbox(r.problem.images, cfg) for r in rollouts}
-    with contextlib.ExitStack() as closing, ThreadPoolExecutor(8) as pool:
-        for box in boxes.values():
-            closing.callback(box.close)
+    with ThreadPoolExecutor(8) as pool:
         for turn in range(max(r.turns for r in rollouts)):
             rows = [r for r in rollouts if r.turns > turn]
             spans = [np.flatnonzero(np.diff([0, *r.sampled, 0]))[2 * turn : 2 * turn + 2] for r in rows]  # of the turn
@@ -2844,6 +2833,8 @@ def generate_again(model, policy, rollouts, cfg):
             calls = [policy.tokenizer.decode(r.ids[r.calls[turn].start : r.calls[turn].end - 1]) for r in called]
             for observation in pool.map(lambda r, call: boxes[r].call(call), called, calls):
                 [policy.encode_image(image) for image in observation.images]
+    for box in boxes.values():
+        box.close()
 
 
 @bench
