@@ -2104,7 +2104,7 @@ def sentence(*words):
 def command(*words, largest=None):
     """The command line in a process of its own, which may not write files larger than that."""
     if largest:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
         axpo.main(parsed(*words))
     except (ValueError, OSError) as error:
