@@ -2300,6 +2300,14 @@ def test_a_checkpoint_keeps_its_dtype_and_what_only_others_need(own_run, cfg, tm
     assert (tmp_path / "b/video_preprocessor_config.json").read_text() == "{}"
 
 
+def test_a_diagnosis_is_a_table_and_a_figure_of_what_an_untrained_policy_does(one, own_run):
+    found = run(SHARED, "--model runs/shared/sft --stage diagnose --name look --questions_per_step 6")
+    numbers = dict(re.findall(r"\| (\w+) \| (\S+) \|", found))
+    assert 0 < float(numbers["tool_use"]) < 1 and 1 <= float(numbers["distinct_calls"]) <= 16
+    assert {"all_wrong", "all_wrong_no_tool", "entropy_with_recovery", "confidence_with_recovery"} < numbers.keys()
+    assert names(own_run / "runs/look") == ["config.json", "diagnosis.md", "diagnosis.png"]
+
+
 def test_a_finished_run_takes_more_steps_or_other_problems_and_nothing_else_and_its_stages_run_alone(one, job):
     """Started again it changes nothing; with another configuration it is refused; its next step waits for a full disk."""
 
