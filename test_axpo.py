@@ -730,11 +730,11 @@ def test_ranks_correlate_as_spearman_says():
 
 def test_a_page_shows_the_group_as_a_tree_and_escapes_what_the_policy_wrote(monkeypatch, policy, cfg):
     monkeypatch.setitem(SCRIPT, ("flag", 3, 0), (1,))
+    monkeypatch.setitem(SCRIPT, ("text", 1, 0), (0,))
     batch = scripted_batch(policy, cfg)
     group = batch.groups[1]
     group[0].append(policy.encode("<b>&</b>"), [-1.0] * 8, [1.0] * 8)
     del group[0].ids[group[0].prompt_len + 8 :]
-    batch.resamples.sort(key=lambda x: x.prefix.question != 1)  # the flag's first
     page = axpo.group_page(batch, policy, "a < b")
     assert page.count("<section") == 4 + 2 + 2 - 1 and page.count("</section>") == 7 and "a &lt; b" in page
     assert page.count("data:image/png;base64,") == 1 and "<script" not in page and "http" not in page
