@@ -2653,6 +2653,21 @@ def test_of_a_judge_that_thinks_aloud_the_last_word_counts_and_the_rules_decide_
     assert len(endpoint.asked) == len(replies)  # the undecided too are asked once
 
 
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    path, limits = tmp_path / "lines.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    axpo.append_lines(path, [{"a": 1}])
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            axpo.append_lines(path, [{"b": "x" * 200}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    axpo.append_lines(path, [{"c": 1}])
+    assert list(axpo.read_lines(path)) == [{"a": 1}, {"c": 1}]
+
+
 def test_a_busy_judge_is_asked_again_when_it_says_and_a_silent_one_is_one_sentence(endpoint):
     endpoint.replies = [429, 503, b"<html>", b"[]", chat("yes")]
     assert endpoint.grade("the French capital", 0.0) == 1.0 and endpoint.naps[0] == 7 > max(endpoint.naps[1:])
