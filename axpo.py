@@ -363,7 +363,7 @@ TOOL_REWARD = {"tool_bonus": 0.1, "tool_penalty": -0.1}  # what these two altern
 # === 4. AXPO: one batch ===============================================================================================
 def axpo_batch(problems: Sequence[Problem], policy: Policy, cfg: Config, step: int) -> Batch:
     """Roll out, grade, find the all-wrong tool subgroups, resample from them, credit. Without a trigger it is GRPO."""
-    sampling = Sampling(cfg.temperature, max_turns=cfg.max_turns, max_response_tokens=cfg.max_response_tokens)
+    sampling = training_sampling(cfg)
     mine = my_share(range(len(problems)))  # of several processes, each rolls out some of the questions
     dealt = [problems[q] for q in mine]
     rolled_out = rollout_groups(policy, dealt, cfg.rollouts_per_question, sampling, cfg, (cfg.seed, step))
@@ -714,6 +714,10 @@ class Sampling:
     presence_penalty: float = 0.0
     max_turns: int = 3
     max_response_tokens: int = 16384
+
+
+def training_sampling(cfg: Config) -> Sampling:
+    return Sampling(cfg.temperature, max_turns=cfg.max_turns, max_response_tokens=cfg.max_response_tokens)
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, said: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -1496,8 +1500,8 @@ def update(policy: Policy, reference, optimizer, streams: list[Stream], total: i
         with torch.no_grad(), gathered(reference):
             reference_logps = [stream_logps(reference, batch, cfg.temperature)[0] for batch in batches]
     old_logps: list[Tensor] = []
-    sums = Counter(skipped=len(streams) - len(kept), streams=len(streams), tokens=0)
-    sums.update(ratio=0, clip_fraction=0, kl=0, sampler_gap=0)
+    per_token = ("ratio", "clip_fraction", "kl", "sampler_gap")
+    sums = Counter(dict.fromkeys(per_token, 0), skipped=len(streams) - len(kept), streams=len(streams), tokens=0)
 
     def loss_of(i: int, batch: list[Stream]) -> Tensor:
         logps, mask = stream_logps(policy, batch, cfg.temperature)
@@ -1513,14 +1517,10 @@ def update(policy: Policy, reference, optimizer, streams: list[Stream], total: i
 
     steps = [optimise(policy, optimizer, batches, loss_of) for _ in range(cfg.epochs_per_batch)]
     shares = gather(sums)
-    total_of = {name: sum(share[name] for share in shares) for name in sums}
-    metrics = {
-        name: total_of[name] / max(total_of["tokens"], 1) for name in ("ratio", "clip_fraction", "kl", "sampler_gap")
-    }
-    metrics |= {
-        "skipped": total_of["skipped"] / max(total_of["streams"], 1),
-        "kl": metrics["kl"] if cfg.beta else math.nan,
-    }
+    sums = {name: sum(share[name] for share in shares) for name in sums}  # of all processes
+    metrics = {name: sums[name] / max(sums["tokens"], 1) for name in per_token}
+    metrics["kl"] = metrics["kl"] if cfg.beta else math.nan
+    metrics["skipped"] = sums["skipped"] / max(sums["streams"], 1)
     return metrics | {"loss": mean(loss for loss, _ in steps), "grad_norm": steps[-1][1]}
 
 
@@ -1594,8 +1594,7 @@ def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path)
         return {"used_tool": rollout.used_tool, "messages": messages}
 
     # Paper leaves this open: the teacher is sampled as in training.
-    sampling = Sampling(cfg.temperature, max_turns=cfg.max_turns, max_response_tokens=cfg.max_response_tokens)
-    rollouts_to_file(policy, problems, sampling, cfg, path, keep)
+    rollouts_to_file(policy, problems, training_sampling(cfg), cfg, path, keep)
     rows = [row for line in read_lines(path) for row in line.get("rollouts", ())]
     used = [row["used_tool"] for row in rows if row["messages"]]
     print(f"{len(used)} of {len(rows)} trajectories are kept, {sum(used)} of them with a tool call: {path}")
@@ -1800,7 +1799,7 @@ def evaluation_rows(path: Path, cfg: Config, title: str) -> list[dict]:
         interval = 1.96 * float(np.std(rights) / n / len(rights) ** 0.5)
         rows.append(about | {"problems": len(problems), "pass@1": found["pass@1"], "+-": interval} | found)
     if len(rows) > 1:
-        defined = [{name: x for name, x in row.items() if x == x} for row in rows]
+        defined = [{name: x for name, x in finite(row).items() if x is not None} for row in rows]
         whole = means(defined, " ".join(list(rows[0])[3:]))
         whole["+-"] = sum(row["+-"] ** 2 for row in rows) ** 0.5 / len(rows)
         label = "all" + "*" * any(row["data"][-1] == "*" for row in rows)
@@ -2199,8 +2198,8 @@ def completed(cfg: Config) -> Config:
     own = not toy and (files or (cfg.stage == "sft" and cfg.trajectories))
     if not cfg.eval_data and (cfg.stage == "eval" or not own):
         cfg.eval_data = "toy-test" if toy else given if cfg.stage == "eval" and given else "paper-eval"
-    for name in filter(None, (cfg.data, cfg.eval_data)):
-        data.check(name)
+    if cfg.eval_data:
+        data.check(cfg.eval_data)
     if not cfg.trajectories and cfg.data != "toy":  # only the toy world has a teacher
         cfg.stage = "rl" if cfg.stage == "all" else cfg.stage
     learns = cfg.stage in ("all", "rl")
