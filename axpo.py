@@ -1033,7 +1033,7 @@ class Engine:
         def attend(layer: int, q: Tensor) -> Tensor:
             out = []
             for row, table, own in zip(rows, tables, q.split(counts)):
-                k, v = self.pool[layer][:, table].transpose(2, 3).flatten(1, 2)[:, : row.cached]
+                k, v = self.pool[layer].index_select(1, table).transpose(2, 3).flatten(1, 2)[:, : row.cached]
                 out.append(attend_behind(own, k, v))
             return torch.cat(out)
 
@@ -1069,10 +1069,12 @@ class Engine:
         def attend(layer: int, q: Tensor) -> Tensor:
             pool = self.pool[layer]
             q = (q.float() / q.shape[-1] ** 0.5).unflatten(1, (pool.shape[2], -1))  # (R, h, H / h, d)
-            parts = softmaxes(q[owners], *pool[:, pages], missing)
+            parts = softmaxes(q[owners], *pool.index_select(1, pages), missing)
             if blocks:
                 together = q[users].permute(2, 0, 1, 3, 4).flatten(2, 3)  # (h, blocks, widest * H / h, d)
-                keys, values = pool.transpose(1, 2)[:, :, tables].flatten(3, 4)  # (h, blocks, tokens, d)
+                keys, values = (
+                    pool.index_select(1, tables.flatten()).unflatten(1, tables.shape).movedim(3, 1).flatten(3, 4)
+                )
                 several = softmaxes(together, keys, values, padding)
                 several = [x.unflatten(2, (widest, -1)).permute(1, 2, 0, 3, 4)[users >= 0] for x in several]
                 parts = [torch.cat(pair) for pair in zip(parts, several)]
