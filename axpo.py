@@ -2315,9 +2315,14 @@ def main(cfg: Config) -> None:
 
 
 def stop(message: str) -> None:
-    """End with one sentence. If all processes fail alike, the first one says so, and torchrun ends the others."""
+    """End with one sentence. If all processes fail alike, the first one says so, and torchrun ends the others; what is
+    written to its error file it repeats below its own traceback, as the last thing that is seen."""
     time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
-    sys.exit(f"axpo.py: {message}")
+    message = f"axpo.py: {message}"
+    if told := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": int(time.time())}}
+        Path(told).write_text(json.dumps({"message": about}), encoding="utf-8")
+    sys.exit(message)
 
 
 def leave() -> None:
