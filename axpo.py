@@ -1549,8 +1549,18 @@ def draw(count: int, size: int, step: int, seed: int) -> list[int]:
 
 
 # === 10. The stages: distillation, SFT, RL, evaluation ================================================================
-# What a dump says of a problem, so that its answers can be graded again.
-PROBLEM_FIELDS = ("id", "question", "answers", "kind", "options", "source", "category")
+def described(problem: Problem) -> dict:
+    """What a dump says of a problem, so that its answers can be graded again."""
+    names = "id question answers kind options source category"
+    return {name: getattr(problem, name) for name in names.split()}
+
+
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """A checksum over all that is asked, which a changed data file changes."""
+    told = hashlib.sha256()
+    for problem in problems:
+        told.update(repr((described(problem), [data.digest(image) for image in problem.images])).encode())
+    return told.hexdigest()
 
 
 def rollouts_to_file(policy: Policy, problems: Sequence[Problem], sampling: Sampling, cfg: Config, path: Path, keep):
@@ -1559,11 +1569,8 @@ def rollouts_to_file(policy: Policy, problems: Sequence[Problem], sampling: Samp
     done: so a killed run goes on, and a finished one is read. Otherwise it is made anew. Collective; the first process
     writes."""
     tools = {f.name: getattr(cfg, f.name) for f in fields(ToolConfig)}
-    told = hashlib.sha256(repr((weights_digest(policy), sampling, tools, cfg.eval_rollouts, cfg.seed)).encode())
-    about = {problem.id: {name: getattr(problem, name) for name in PROBLEM_FIELDS} for problem in problems}
-    for problem in problems:
-        told.update(repr((about[problem.id], [data.digest(image) for image in problem.images])).encode())
-    header = {"made_by": told.hexdigest()}
+    about = weights_digest(policy), problems_digest(problems), sampling, tools, cfg.eval_rollouts, cfg.seed
+    header = {"made_by": hashlib.sha256(repr(about).encode()).hexdigest()}
     lines = list(read_lines(path)) if path.exists() else []
     lines = lines if lines[:1] == [header] else [header]
     done = gather({line["id"] for line in lines[1:]})[0]
@@ -1579,7 +1586,7 @@ def rollouts_to_file(policy: Policy, problems: Sequence[Problem], sampling: Samp
             for group in rollout_groups(policy, some, cfg.eval_rollouts, sampling, cfg, (cfg.seed, 1 << 30)):
                 line = {"id": group[0].problem.id, "n": len(group), "solved": sum(r.reward == 1 for r in group)}
                 kept = [keep(rollout) for rollout in group]
-                lines.append(line | {"problem": about[line["id"]], "rollouts": kept})
+                lines.append(line | {"problem": described(group[0].problem), "rollouts": kept})
             lines = gather_lists(lines)
             bar.update(len(lines))
             if is_first():
@@ -1787,6 +1794,8 @@ def evaluation_rows(path: Path, cfg: Config, title: str) -> list[dict]:
             rewards = threads.map(partial(evaluation_reward, problem, judge), line["rollouts"])
             rollouts = [row | {"reward": reward} for row, reward in zip(line["rollouts"], rewards)]
             sets.setdefault(problem.source, []).append(rollouts)
+    if undecided := [*judge.verdicts.values()].count("undecided") if judge else 0:
+        print(f"the judge said neither yes nor no of {undecided} answers: for these the rules decide")
     rows = []
     for source, problems in sorted(sets.items()):
         n = len(problems[0])
@@ -1957,23 +1966,25 @@ class Run:
     # What may not differ when a run goes on.
     FIXED = ("model seed algo rank ablate rollouts_per_question resamples_per_prefix resample_ratio eps_low eps_high "
              "beta temperature max_turns max_response_tokens questions_per_step epochs_per_batch lr sft_lr sft_batch "
-             "warmup_steps max_prompt_tokens max_image_pixels ")  # fmt: skip
+             "warmup_steps max_prompt_tokens max_image_pixels")  # fmt: skip
     LINE = ("{step:>4} | reward {reward:.2f} | tool {tool_use:3.0%} | all-wrong {all_wrong:3.0%} | "
             "recovered {recovery:3.0%} | {seconds:.1f} s")  # fmt: skip
 
-    def __init__(self, folder: Path, cfg: Config):
+    def __init__(self, folder: Path, cfg: Config, problems: Sequence[Problem] = ()):
         self.folder, self.cfg = folder, cfg
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
             for draft in folder.glob("*.draft"):  # of a run that was killed while it wrote
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             path, now = folder / "config.json", asdict(cfg)
+            now["problems"] = problems_digest(problems)
+            now["examples"] = data.digest(Path(cfg.trajectories)) if cfg.trajectories else ""
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
-            of_data = "data trajectories keep_unsolved" if before.get("stage") == now["stage"] else ""
-            for name in (self.FIXED + of_data).split():
-                if before.get(name) != now[name]:
-                    was = f"{folder} was begun with --{name} {before.get(name)!r}, not {now[name]!r}"
-                    raise ValueError(f"{was}: give another --name, or delete the folder")
+            different = [f"--{name} {before.get(name)!r}" for name in self.FIXED.split() if before.get(name) != now[name]]
+            if before["stage"] == now["stage"]:
+                different += [f"other {name}" for name in ("problems", "examples") if before.get(name) != now[name]]
+            if different:
+                raise ValueError(f"{folder} was begun with {different[0]}: give another --name, or delete the folder")
             path.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
     def made(self, stage: str) -> tuple[int, Path | None]:
@@ -2274,7 +2285,7 @@ def main(cfg: Config) -> None:
     loaded = cfg.model, cfg.stage not in ("distil", "eval", "diagnose")
     policy = load_policy(cfg.model, cfg, loaded[1])
     problems, held_out = (leave_out_long(policy, some, cfg.max_prompt_tokens) for some in (problems, held_out))
-    run = Run(folder, cfg)  # from here on, and not before, the folder is this run's
+    run = Run(folder, cfg, problems)  # from here on, and not before, the folder is this run's
     print(f"run: {folder}")
 
     rows = []

@@ -2317,9 +2317,14 @@ def test_a_finished_run_takes_more_steps_or_other_problems_and_nothing_else_and_
 
     before = state()
     assert run(SHARED).split("| data")[-1] == one[1].split("| data")[-1] and state() == before
-    for name, value, was in (("lr", "0.5", "0.0003, not 0.5"), ("algo", "grpo", "'axpo', not 'grpo'")):
+    for name, value, was in (("lr", "0.5", "0.0003"), ("algo", "grpo", "'axpo'")):
         said = f"runs/shared was begun with --{name} {was}: give another --name, or delete the folder"
         assert said in sentence(SHARED, f"--{name}", value) and state() == before
+    for file, what in ((Path("mine.jsonl"), "problems"), (Path("wrong.jsonl"), "examples")):
+        content = file.read_text()
+        file.write_text(content.replace("What", "Which", 1))
+        assert f"runs/shared was begun with other {what}: give another" in sentence(SHARED) and state() == before
+        file.write_text(content)
     folder, more = one[0].parent / "more", SHARED + " --name more --steps 3"
     shutil.copytree(one[0], folder)
     codes, out = job(command, more, largest=1_000_000)
