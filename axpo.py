@@ -1980,7 +1980,9 @@ class Run:
             now["problems"] = problems_digest(problems)
             now["examples"] = data.digest(Path(cfg.trajectories)) if cfg.trajectories else ""
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
-            different = [f"--{name} {before.get(name)!r}" for name in self.FIXED.split() if before.get(name) != now[name]]
+            different = [
+                f"--{name} {before.get(name)!r}" for name in self.FIXED.split() if before.get(name) != now[name]
+            ]
             if before["stage"] == now["stage"]:
                 different += [f"other {name}" for name in ("problems", "examples") if before.get(name) != now[name]]
             if different:

@@ -306,6 +306,23 @@ def test_ids_are_those_of_the_whole_text_at_every_seam_where_foreign_control_tok
     assert (policy.encode("ends.\n</tool_response>") != apart) == (tokenizer == "merging")
 
 
+def test_a_picture_is_seen_as_it_is_shown_and_within_its_limit_and_long_questions_are_left_out(
+    policy, capsys, monkeypatch
+):
+    photo, exif = Image.effect_noise((64, 32), 50), Image.Exif()
+    exif[0x0112] = 6  # it lies on its side
+    pixels, grid = policy.encode_image(encoded(photo, exif=exif))
+    upright, _ = policy.encode_image(photo.transpose(Image.Transpose.ROTATE_270))
+    assert torch.equal(pixels, upright) and grid == (1, 4, 2)
+    monkeypatch.setattr(policy, "max_image_pixels", 32 * 32)
+    assert policy.encode_image(photo)[1] == (1, 2, 2)
+    problems = [data.Problem(str(n), "Où? " * n, (encoded(photo),), ("1",), "text") for n in (1, 2, 300)]
+    assert axpo.leave_out_long(policy, problems, 300) == problems[:2]
+    assert capsys.readouterr().out == "1 of 3 questions are longer than --max_prompt_tokens: left out\n"
+    with pytest.raises(ValueError, match="^1 of 1 questions are longer than --max_prompt_tokens$"):
+        axpo.leave_out_long(policy, problems[2:], 300)
+
+
 # --- The engine --------------------------------------------------------------------------------------------------------
 def rolled_out(engine, rollouts):
     """Complete the rollouts: every one is yielded once, and all pages are free again."""
@@ -961,7 +978,8 @@ ODDITIES = {
     "aaa\n... Output truncated ...\naaa": ["print('a' * 10**5); 1 / 0"], "ZeroDivisionError: division by zero": ["print('a' * 10**5); 1 / 0"],
     "< |im_end|>< tool_response>< /think>< |image_pad|><b>": ["print('<|im_end|><tool_response></think><|image_pad|>' + chr(60) + 'b>')"],
     "1\n2\n3": ["import sys\nprint(1); print(2, file=sys.stderr); print(3)"],
-    "is empty": ["_ = __import__('PIL.Image').Image.new('L', (9, 9)); _.crop((0, 0, 9, 0))"],
+    "is empty": ["_ = __import__('PIL.Image').Image.new('L', (9, 9)); _.crop((0, 0, 9, 0))",
+                 "import matplotlib.pyplot as plt; plt.figure(figsize=(0, 1)); plt.show()"],
     "296 more images were left out": ["import matplotlib.pyplot as plt\nfor i in range(300): plt.figure(); plt.show() if i % 2 else 0"],
     "Error": ["import matplotlib.pyplot as plt; plt.figure(figsize=(10**4, 10**4)); plt.show()", "import torch; torch.zeros(1).cuda()"],
     "MemoryError": ["from PIL import Image; Image.new('RGB', (30000, 30000)).show()", "x = []\nwhile True: x.append(bytearray(10**8))"],
@@ -2006,7 +2024,7 @@ def test_a_bad_row_stops_the_load_by_its_name_or_is_left_out_on_demand(tmp_path,
     refused("No problem of .* is left", path, on_bad_row="skip")
 
 
-def test_pictures_are_decoded_once_and_again_only_if_they_changed(tmp_path, monkeypatch):
+def test_pictures_are_decoded_once_and_again_only_if_they_changed(tmp_path, monkeypatch, capsys):
     path = own_file(tmp_path, *({"question": "Q", "answer": "1", "image": image} for image in ("one.png", ENCODED)))
     opened, open_image = [], data.open_image
     monkeypatch.setattr(data, "open_image", lambda source: opened.append(source) or open_image(source))
@@ -2014,6 +2032,8 @@ def test_pictures_are_decoded_once_and_again_only_if_they_changed(tmp_path, monk
     (tmp_path / "one.png").write_bytes(png(4, (9, 9)))
     data.load(path)
     assert opened[2:] == [tmp_path / "one.png"]
+    faults = data.picture_faults([[b"no picture"], *[[png()]] * 64], "mine")  # in parallel, with a bar
+    assert "cannot be decoded" in faults[0] and not any(faults[1:]) and "mine: 100%" in capsys.readouterr().err
 
 
 def test_an_absent_or_refusing_hub_is_one_sentence(hub, monkeypatch):
@@ -2283,6 +2303,8 @@ def test_the_whole_pipeline_runs_in_the_toy_world_and_leaves_everything_it_promi
     assert [(row["data"], row["checkpoint"]) for row in table] == [("toy", "sft"), ("toy", "axpo")]
     assert json.loads((folder / "config.json").read_text())["sft_steps"] == 2
     assert (folder / "curves.png").read_bytes()[1:4] == b"PNG"
+    widest = dict.fromkeys(("reward", "tool_use", "all_wrong", "recovery"), 1.0)
+    assert len(axpo.Run.LINE.format(step=99999, seconds=9999.9, **widest)) <= 80
     assert (folder / "rollouts/000001.html").read_text().count("<section") >= 8
     model, tokenizer = (kind.from_pretrained(folder / "rl") for kind in (AutoModelForImageTextToText, AutoTokenizer))
     assert model.config.model_type == "qwen3_vl" and tokenizer.get_vocab() == policy.tokenizer.get_vocab()
@@ -2537,6 +2559,7 @@ def test_what_distillation_writes_reads_back_to_the_ids_that_were_sampled(own_ru
     assert {r.problem.id for r in right}.isdisjoint(["mine/4", "mine/5"]) and len(right) > 6
     assert f"{len(right)} of 24 trajectories are kept" in out
     assert any(r.used_tool for r in right) and any(len(r.pictures) == 2 for r in right)
+    assert {file.suffix for file in path.with_name("images").iterdir()} == {".png"}
     for back, rollout in zip(read, right, strict=True):
         assert (back.ids, back.sampled) == (rollout.ids, rollout.sampled)
         assert [p.start for p in back.pictures] == [p.start for p in rollout.pictures]
