@@ -779,7 +779,7 @@ class Engine:
         self.policy, self.sampling, self.cfg, self.device = policy, sampling, cfg, policy.bias.device
         cuda, text = self.device.type == "cuda", policy.text
         self.page = page or (256 if cuda else 32)
-        self.call_steps = 128 if cuda else 8  # a step on CUDA takes milliseconds
+        self.call_steps = 128 if cuda else 16  # a step on CUDA takes milliseconds
         shape = text.num_key_value_heads, self.page, text.head_dim
         self.page_bytes = 2 * text.num_hidden_layers * math.prod(shape) * policy.dtype.itemsize
         self.longest = -(-(cfg.max_prompt_tokens + sampling.max_response_tokens) // self.page)  # pages of a row

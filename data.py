@@ -1042,7 +1042,7 @@ def toy_recipe(folder: Path) -> dict:
     _write(folder / "toy_corpus.jsonl", text.encode())
     return {
         "search_corpus": str(folder / "toy_corpus.jsonl"),
-        "threads": 1, "questions_per_step": 16, "steps": 130, "lr": 5e-4,
+        "threads": 2, "questions_per_step": 16, "steps": 130, "lr": 5e-4,
         "sft_steps": 400, "sft_lr": 2e-3, "sft_batch": 64,
         "micro_batch_tokens": 4096, "recompute": False, "max_prompt_tokens": 1024, "max_response_tokens": 144,
         "eval_every": 26, "eval_max_response_tokens": 144, "eval_max_turns": 3,

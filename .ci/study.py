@@ -41,9 +41,10 @@ def run(folder: Path, name: str, options: str) -> None:
     """One run of the program, unless it is done."""
     if (folder / name / "results.json").exists():
         return
-    command = [sys.executable, str(PROGRAM), "--output_dir", str(folder), "--name", name, "--data", "toy"]
+    common = f"--output_dir {folder} --name {name} --data toy --threads 1 --eval_every 0"
     with open(folder / f"{name}.log", "w") as log:
-        code = subprocess.run([*command, "--eval_every", "0", *options.split()], stdout=log, stderr=log).returncode
+        command = [sys.executable, PROGRAM, *common.split(), *options.split()]
+        code = subprocess.run(command, stdout=log, stderr=log).returncode
     print(f"{name}: {'done' if code == 0 else f'failed, see {name}.log'}", flush=True)
 
 
