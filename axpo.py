@@ -825,13 +825,14 @@ class Engine:
                 self.graphs.clear()  # they hold this engine, and it the pool
 
     def admit(self, source: Iterator[Rollout]) -> bool:
-        """Let rows in while there is room. Are there any?"""
-        room = len(self.free) - sum(map(self.missing_pages, self.rows))
+        """Let rows in while there is room for what they hold; for what they will hold `take_pages` sees to it that some
+        are put back. Are there any?"""
+        room = len(self.free)
         while len(self.rows) < self.cfg.max_rows:
             row = self.queue.popleft() if self.queue else self.new_row(next(source, None))
             if row is None:
                 break
-            room -= self.missing_pages(row)
+            room -= len(row.rollout.ids) // self.page + 1
             if room < 0 and self.rows:
                 self.queue.appendleft(row)
                 break
@@ -849,13 +850,6 @@ class Engine:
             row.said = torch.zeros(len(self.policy.bias), dtype=torch.bool, device=self.device)
             row.said[[i for i, own in zip(rollout.ids, rollout.sampled) if own]] = True
         return row
-
-    def missing_pages(self, row: Row) -> int:
-        """How many pages a row takes for its tokens and the next one, beyond those that it has or will share."""
-        pages = len(row.pages)
-        if not pages and self.first_sibling(row):
-            pages = self.shared_pages(row)
-        return len(row.rollout.ids) // self.page + 1 - pages
 
     def first_sibling(self, row: Row) -> Row | None:
         """The oldest row that was forked where this one was; it may be the row itself."""
@@ -1502,8 +1496,7 @@ def update(policy: Policy, reference, optimizer, streams: list[Stream], total: i
         with torch.no_grad(), gathered(reference):
             reference_logps = [stream_logps(reference, batch, cfg.temperature)[0] for batch in batches]
     old_logps: list[Tensor] = []
-    per_token = ("ratio", "clip_fraction", "kl", "sampler_gap")
-    sums = Counter(dict.fromkeys(per_token, 0), skipped=len(streams) - len(kept), streams=len(streams), tokens=0)
+    measured: list[tuple[int, dict]] = []  # of each micro-batch: how many tokens, their means
 
     def loss_of(i: int, batch: list[Stream]) -> Tensor:
         logps, mask = stream_logps(policy, batch, cfg.temperature)
@@ -1513,16 +1506,17 @@ def update(policy: Policy, reference, optimizer, streams: list[Stream], total: i
         advantages = torch.tensor([s.advantage for s in batch], device=logps.device)
         loss, metrics = policy_loss(logps, old_logps[i], frozen, advantages, mask, cfg.eps_low, cfg.eps_high, cfg.beta)
         metrics["sampler_gap"] = sampler_gap(batch, old_logps[i][mask])
-        tokens = mask.sum().item()
-        sums.update({name: value * tokens for name, value in metrics.items()} | {"tokens": tokens})
+        measured.append((mask.sum().item(), metrics))
         return loss.sum() / total  # Paper leaves this open: the mean per stream, their sum over B * N
 
     steps = [optimise(policy, optimizer, batches, loss_of) for _ in range(cfg.epochs_per_batch)]
-    shares = gather(sums)
-    sums = {name: sum(share[name] for share in shares) for name in sums}  # of all processes
-    metrics = {name: sums[name] / max(sums["tokens"], 1) for name in per_token}
+    measured = gather_lists(measured)
+    tokens = max(1, sum(count for count, _ in measured))
+    metrics = {}
+    for name in ("ratio", "clip_fraction", "kl", "sampler_gap"):
+        metrics[name] = sum(count * row[name] for count, row in measured) / tokens
     metrics["kl"] = metrics["kl"] if cfg.beta else math.nan
-    metrics["skipped"] = sums["skipped"] / max(sums["streams"], 1)
+    metrics["skipped"] = 1 - sum(gather(len(kept))) / max(1, sum(gather(len(streams))))
     return metrics | {"loss": mean(loss for loss, _ in steps), "grad_norm": steps[-1][1]}
 
 
@@ -1658,21 +1652,15 @@ def read_trajectories(path: Path) -> list[tuple[Problem, list[str | Observation]
 def leave_out_solved(problems: Sequence[Problem], dumps: str) -> list[Problem]:
     """The paper's filter, from dumps: without what the student (first file) always and the teacher (second file) never
     solved."""
-    student, *teacher = [path.strip() for path in dumps.split(",")]
-    dropped, lines = set(), []
-    for line in read_lines(Path(student)):
-        lines += [line] * ("solved" in line)
-        if line.get("solved", -1) == line.get("n"):
-            dropped.add(line["id"])
-    for path in teacher:
-        for line in read_lines(Path(path)):
-            if line.get("solved") == 0:
-                dropped.add(line["id"])
-    kept = [problem for problem in problems if problem.id not in dropped]
-    if not lines or not kept:
-        raise ValueError(
-            f"--keep_unsolved {dumps}: of {len(problems)} problems and {len(lines)} lines, no problem is left"
-        )
+    shares = []  # of right rollouts, by problem
+    for path in dumps.split(","):
+        lines = [line for line in read_lines(Path(path.strip())) if "solved" in line]
+        shares.append({line["id"]: line["solved"] / line["n"] for line in lines})
+    student, teacher = [*shares, {}][:2]
+    kept = [problem for problem in problems if student.get(problem.id) != 1 and teacher.get(problem.id) != 0]
+    if not student or not kept:
+        counts = f"of {len(problems)} problems and {len(student)} lines"
+        raise ValueError(f"--keep_unsolved {dumps}: {counts}, no problem is left")
     print(f"{len(kept)} of {len(problems)} problems are neither always solved nor never")
     return kept
 
@@ -1895,14 +1883,9 @@ def diagnose(policy: Policy, problems: Sequence[Problem], cfg: Config, folder: P
         every = replace(cfg, algo="axpo", ablate="none", rank="entropy", resamples_per_prefix=16, resample_ratio=16.0)
         batch = axpo_batch(drawn, policy, every, 0)
     metrics = batch_metrics(batch, time.time() - began)
-    counts, confidence = [], []  # tool-using rollouts of each group; of each of these its place and uncertainty
-    for q, group in batch.groups.items():
-        counts.append(sum(r.used_tool for r in group))
-        for i, r in enumerate(group):
-            if r.used_tool:
-                call = slice(r.calls[0].start, r.calls[0].end)
-                confidence.append(((q, i), uncertainty(r.entropies[call], r.logps[call] or [0.0], "confidence")))
-    confidence = dict(gather_lists(confidence))
+    counts = gather_lists([sum(r.used_tool for r in group) for group in batch.groups.values()])
+    by_confidence = gather_lists(find_candidates(batch.groups, policy, replace(every, rank="confidence")))
+    confidence = {(prefix.question, prefix.source): prefix.uncertainty for prefix in by_confidence}
     found = []  # of each prefix: entropy, confidence, share of right continuations, distinct calls
     for x in batch.resamples:
         calls = []
@@ -1912,7 +1895,7 @@ def diagnose(policy: Policy, problems: Sequence[Problem], cfg: Config, folder: P
                 calls.append(call)
         recovered = mean(c.reward for c in x.continuations)
         found.append((x.prefix.uncertainty, confidence[x.prefix.question, x.prefix.source], recovered, len(calls)))
-    found, counts = np.array(gather_lists(found)).reshape(-1, 4), gather_lists(counts)
+    found = np.array(gather_lists(found)).reshape(-1, 4)
     metrics["distinct_calls"], metrics["one_call_only"] = mean(found[:, 3]), mean(found[:, 3] == 1)
     for column, name in enumerate(("entropy", "confidence")):
         metrics[f"{name}_with_recovery"] = rank_correlation(found[:, column], found[:, 2])
