@@ -57,7 +57,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -696,8 +696,13 @@ def rope_positions(pictures: Sequence[Picture], start: int, end: int) -> Tensor:
 
 def attend_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of the last T of L tokens, each to those before it and itself: q (T, H, d), k and v (L, h, d)."""
-    before = len(k) - len(q)
-    seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(before) if before else None
+    before, seen = len(k) - len(q), None
+    if before and q.device.type == "cuda":  # a mask that flash attention takes: another would cost all scores
+        from torch.nn.attention.bias import causal_lower_right
+
+        seen = causal_lower_right(len(q), len(k))
+    elif before:
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(before)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=not before, enable_gqa=True)
     return out[0].transpose(0, 1)
@@ -743,6 +748,8 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, said: Tensor | 
             probs = torch.zeros_like(probs).scatter(-1, order, ordered)
         cdf = probs.double().cumsum(-1)  # inverted: a row's token depends on its own draw alone
         ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
+        there = probs.gather(1, ids[:, None]).squeeze(1) > 0  # a sum in parallel may grow where nothing is added
+        ids = torch.where(there, ids, probs.argmax(-1))
     return ids, logps.gather(1, ids[:, None]).squeeze(1), entropy
 
 
@@ -822,7 +829,9 @@ class Engine:
             finally:
                 for row in (*self.rows, *self.queue):
                     row.toolbox.close()
-                self.graphs.clear()  # they hold this engine, and it the pool
+                if self.graphs:  # each is a cycle: freed by chance in a later capture, it would break that one
+                    self.graphs.clear()
+                    gc.collect()
 
     def admit(self, source: Iterator[Rollout]) -> bool:
         """Let rows in while there is room for what they hold; for what they will hold `take_pages` sees to it that some
@@ -1091,8 +1100,8 @@ class Engine:
         for i, row in enumerate(rows):
             tables[i, : len(row.pages)] = torch.tensor(row.pages)
         lengths = [row.cached for row in rows] + [1] * (count - len(rows))
-        told = torch.tensor(starts).int(), torch.tensor(lengths).int(), tables
-        inputs = [F.pad(numbers, (0, starts[-1] - numbers.shape[1])), *told]
+        told = [torch.tensor(x, dtype=torch.int32) for x in (starts, [0, *accumulate(lengths)], lengths)]
+        inputs = [F.pad(numbers, (0, starts[-1] - numbers.shape[1])), *told, tables]
         inputs = [x.pin_memory().to(self.device, non_blocking=True) for x in inputs]
         widest = max(b - a for a, b in zip(starts, starts[1:]))
 
@@ -1112,16 +1121,18 @@ class Engine:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
-def paged_attention(q: Tensor, pool: Tensor, starts: Tensor, lengths: Tensor, tables: Tensor, widest: int) -> Tensor:
+def paged_attention(
+    q: Tensor, pool: Tensor, starts: Tensor, before: Tensor, lengths: Tensor, tables: Tensor, widest: int
+) -> Tensor:
     """Attention of packed queries (T, H, d), at most `widest` of a row, those of row i from starts[i] on, to the first
-    lengths[i] tokens in the pages tables[i] of a pool (2, pages, h, page, d)."""
+    lengths[i] tokens in the pages tables[i] of a pool (2, pages, h, page, d). before: the sums of the lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
     k, v = pool.transpose(2, 3)
-    before, tokens = F.pad(lengths.cumsum(0), (1, 0)).int(), tables.shape[1] * k.shape[1]
-    # One split: automatic splitting gives NaN, and several leave rows out.
-    paged = {"seqused_k": lengths, "block_table": tables, "num_splits": 1}
-    return varlen_attn(q, k, v, starts, before, widest, tokens, window_size=(-1, 0), enable_gqa=True, **paged)
+    # One split: automatic splitting gives NaN, and several leave rows out. A last token alone sees everything; told so,
+    # the kernel reads the keys of a head once for all its queries.
+    paged = {"seqused_k": lengths, "block_table": tables, "num_splits": 1, "window_size": (-1, 0 if widest > 1 else -1)}
+    return varlen_attn(q, k, v, starts, before, widest, tables.shape[1] * k.shape[1], enable_gqa=True, **paged)
 
 
 @lru_cache
@@ -1130,9 +1141,13 @@ def paged_kernel_works(device: torch.device) -> bool:
     try:
         q, kv = (torch.randn(*shape, device=device).bfloat16() for shape in ((8, 4, 128), (2, 512, 2, 128)))
         pool = torch.stack([kv[:, 256:], kv[:, :256]], 1).transpose(2, 3)  # the pages in reverse
-        told = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 8], [300], [[1, 0]])]
-        gap = (paged_attention(q, pool, *told, 8) - attend_behind(q, *kv[:, :300])).abs().max().item()
-        problem = "" if gap < 0.05 else f"it differs by {gap:.2f}"
+        gaps = []
+        for some in (q, q[-1:]):
+            told = [[0, len(some)], [0, 300], [300], [[1, 0]]]
+            told = [torch.tensor(x, dtype=torch.int32, device=device) for x in told]
+            gap = paged_attention(some, pool, *told, len(some)) - attend_behind(some, *kv[:, :300])
+            gaps.append(gap.abs().max().item())
+        problem = "" if max(gaps) < 0.05 else f"it differs by {max(gaps):.2f}"
     except (ImportError, RuntimeError, TypeError) as error:
         problem = str(error).splitlines()[0]
     if problem:
@@ -1180,7 +1195,7 @@ def start_processes(cfg: Config) -> None:
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo", timeout=patience)
     elif DEVICE == "cuda":
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of one process are meant
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the first speaks for all

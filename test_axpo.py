@@ -421,7 +421,8 @@ def pretend_graphs(monkeypatch, engine):
     """The path that is taken on CUDA, with plain attention and with what stands for a CUDA graph: a step that was
     captured runs again on its own inputs, as they then are."""
 
-    def paged_attention(q, pool, starts, lengths, tables, longest):
+    def paged_attention(q, pool, starts, before, lengths, tables, widest):
+        assert before.diff().equal(lengths) and starts.diff().max() == widest
         out = []
         for i, length in enumerate(lengths.tolist()):
             k, v = pool[:, tables[i].long()].transpose(2, 3).flatten(1, 2)[:, :length]
