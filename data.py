@@ -151,8 +151,7 @@ def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "
     for table, _ in parts:
         fresh = table.load([id for id in table.rows if id in drawn])
         bad += table.bad
-        known = owners | (_evaluation_images() if table.source.training else {})
-        dropped = Counter()
+        known, dropped = owners | (_evaluation_images() if table.source.training else {}), Counter()
         for problem in fresh:
             digests = list(map(digest, problem.images))
             shared = [known[key] for key in digests if key in known and not table.benchmark]
@@ -163,8 +162,7 @@ def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "
         for owner, count in dropped.items():
             log.warning(f"{table.name}: {count} of {len(fresh)} problems share an image with {owner}: dropped")
     if bad:
-        first = "; ".join(bad[:4] + ["..."] * (len(bad) > 4))
-        told = f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {first}"
+        told = f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {'; '.join([*bad[:4], '...'][: len(bad)])}"
         demand(on_bad_row == "skip", f"{told}. Mend them, or leave them out with `--on_bad_row skip`.")
         log.warning("Left out: %s", told)
     demand(problems, f"No problem of {name} is left.")
@@ -620,17 +618,19 @@ def _turn(message: dict, text: str) -> str:
 _CHARACTERS = str.maketrans(dict(zip("−–—×·⋅∗÷⁄≦≧⩽⩾~“”’", "---****//≤≥≤≥ \"\"'")) | {"π": "\\pi ", "√": "\\sqrt "})
 _COMMANDS = {"times|cdot": "*", "div": "/", "leq?(?:slant)?": "≤", "geq?(?:slant)?": "≥", "lt": "<", "gt": ">",
     "approx": "=", "pm": "±", "infty": "∞", "cup": "∪", "in": "∈", "circ|degree": "°", "[dtc]frac": r"\\frac ",
-    "lor": " or ", "q?quad": " ", "left|right|displaystyle|boxed": "", "lambda": r"\\lamda "}  # lambda is Python's
+    "lor": " or ", "q?quad": " ", "left|right|displaystyle|boxed": "", "angle": "∠", "triangle": "△", "neq?": "≠",
+    "Omega": "Ω", "lambda": r"\\lamda "}  # lambda is Python's
 _SPELLINGS = [(re.compile(pattern, re.DOTALL), new) for pattern, new in [
     *[(rf"\\(?:{names})(?![A-Za-z])", new) for names, new in _COMMANDS.items()], (r"\\begin\{[pb]?matrix\}", "(("),
-    (r"\\\\(?=.*\\end\{[pb]?matrix\})", "),("), (r"\\end\{[pb]?matrix\}", "))"), ("&", ","), (r"\{([.,])\}", r"\1"),
+    (r"\\\\(?=.*\\end\{[pb]?matrix\})", "),("), (r"\\end\{[pb]?matrix\}", "))"), ("&", ","), (r"\{([.,:])\}", r"\1"),
     (r"\\([{}%$])", r"\1"), (r"([_^])\{(\w)\}(?!\w)", r"\1\2"), (r"\\\\|\n", " ; "), (">=", "≥"), ("<=", "≤"),
     *[(r"\\(?:text\w*|math[a-z]+|operatorname|mbox|boldsymbol|emph)\s*\{([^{}]*)\}", r" \1 ")] * 2, (r"\\!|^\s*=", ""),
     (r"(?<![\w)}*])(\*\*|[*`\"])([^*`\"]+)\1(?![\w({*])", r"\2"), (r"\*\*", "^"), (r"\+∞", "∞"),  # bold or quoted
-    (r"\\[()\[\],;: ]|\\(?:begin|end)\{cases\}", " "), (r"\s+", " "), (r"(?<=[\d}] )(?:square|sq\.?) (\w+)", r"\1^2"),
-    (r"(?<=[\d}] )cubic (\w+)", r"\1^3"), (r"(?i)(:\d\d) ?([ap])\.?m\b", r"\1 \2m"), (r" +\^", "^"),
-    (r"\\frac\s*(\w|\\pi(?![a-z]))", r"\\frac{\1}"), (r"(\\frac\{[^{}]*\})\s*(\w|\\pi(?![a-z]))", r"\1{\2}"),
-    (r"\^\s*(?:\{\s*°\s*\}|°)| degrees?\b", "°"), (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"), (r"(?<!\.)[. ]+$|^ ", ""),
+    (r"\\[()\[\],;: ]|\{? ?\\begin\{(?:cases|array\}\{l)\}|\\end\{(?:cases|array)\}", " "), (r"\s+", " "),
+    (r"(?<=[\d})i] )(?:square|sq\.?) (\w+)", r"\1^2"), (r"(?<=[\d})i] )cubic (\w+)", r"\1^3"), (r" +\^", "^"),
+    (r"(?i)(:\d\d) ?([ap])\.?m\b", r"\1 \2m"), (r"\\frac\s*(\w|\\pi(?![a-z]))", r"\\frac{\1}"),
+    (r"(\\frac\{[^{}]*\})\s*(\w|\\pi(?![a-z]))", r"\1{\2}"), (r"(?<!\.)[. ]+$|^ ", ""),
+    (r"\^\s*(?:\{\s*°\s*\}|°)| degrees?\b", "°"), ("° ?([CF])[a-z]+", r"°\1"), (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"),
     (r"^(?i:(?:the )?(?:final |correct )*(?:answer|option|choice)(?: is:?| ?[:=])|(?:it|this)(?: is|'s)) (?=.)", ""),
     (r"^[({] ?([^(){}\[\],;]*|-?\\frac\{-?\w+\}\{\w+\}) ?[)}]$", r"\1")]]  # (-7) and {60} are no point and no set
 _WORDS = dict(re.findall(r"(\S+):(\S+)", "zero:0 one:1 two:2 three:3 four:4 five:5 six:6 seven:7 eight:8 nine:9 ten:10 "
@@ -638,13 +638,13 @@ _WORDS = dict(re.findall(r"(\S+):(\S+)", "zero:0 one:1 two:2 three:3 four:4 five
     "negative:- percent:% per-cent:% dollar:$ second:s minute:min hour:h foot:ft feet:ft inch:in inche:in mile:mi "
     "gram:g meter:m metre:m millimeter:mm millimetre:mm centimeter:cm centimetre:cm kilometer:km kilometre:km"))
 _WORD = re.compile(rf"(?<![\w\\])({'|'.join(_WORDS).replace('-', '[- ]')})s?(?![\w-])", re.IGNORECASE)
-_UNIT = r"(?:[mck]?m|in|ft|mi|[mk]?g|lb|m?[lL]|min|day|year|units?|[shNJWV])(?:\^?\{?[23]\}?)?"
-_LITERAL = re.compile(  # money, sign, mixed number or fraction, or decimal with power; unit, or what is counted
+_UNIT = r"(?:[mck]?m|in|ft|min?|[mk]?g|lb|m?[lLA]|mol|day|year|units?|[mkM]?(?:Hz|Pa|[NJWVΩ])|[sh])(?:\^?\{?[23]\}?)?"
+_LITERAL = re.compile(  # money, sign, fraction or decimal with power; unit (5m, 2mg: products?) or what is counted
     r"([$€£¥]?)([+-]?)(?=\.?\d)(?:(?:(\d+) )?(\d+)/(\d+)|(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d*)((?:\.\d+)?)"
-    rf"(?:(?:\*10\^\{{?|[eE])([+-]?\d{{1,3}})\}}?)?)(| ?°[CF]?|[%$€£¥]|(?![a-zA-Z]\b){_UNIT}| {_UNIT}(?:/{_UNIT})?"
-    r"| (?!plus|times|less|dozen|hal|third|quarter|\w+ths)(?:[a-z]{3,}s|people))", re.ASCII)  # 5m may be a product
-_PARTS = re.compile(r"(?:((?:\\[a-z]++ ?)?+(?!not)[A-Za-z]*+(?:_\w|_\{\w++\})?'*+(?:\([^()=,]*+\))?|\(\w(?:,\w)++\))"
-    r"[=∈](?!.*=))?(.*?)(?:(?:(?<=[\d})])|(?<=pi)) ([ckm]?m(?:\^?[23])?|[ap]m))?", re.S | re.I)  # name, value, unit
+    rf"(?:(?:\*10\^\{{?|[eE])([+-]?\d{{1,3}})\}}?)?)(| ?°[CF]?|[%$€£¥]|(?![a-zA-Z]\b|mg|Pa|[mkM][A-KM-Z]){_UNIT}"
+    rf"| {_UNIT}(?:/{_UNIT})?| (?!plus|times|less|doz|hal|third|quarter|\w+ths)(?:[a-z]{{3,}}s|people|yuan))", re.ASCII)
+_PARTS = re.compile(r"(?:m(?=∠))?(?:((?:\\[a-z]++ ?){0,2}+∠?(?!not)[A-Za-z]*+(?:_\w|_\{△?\w++\})?'*+(?:\([^()=,]*+\))?|"
+    r"\(\w(?:,\w)++\))[=∈](?!.*=))?(.*?)(?:(?<=[\d})i]) ((?:[ckm]?m|units?)(?:\^?[23])?|[ap]m))?", re.S | re.I)
 _MP = mpmath.MPContext()  # a context of its own, so that no other user of mpmath loses or gains digits
 _MP.dps = 50
 _close = partial(_MP.almosteq, rel_eps=1e-30, abs_eps=0)  # to 9 digits, x+1+10^{-12} would pay for x+1
@@ -735,7 +735,7 @@ def _same_math(answer: str, gold: str, problem: Problem, tolerance: float = 0.0)
         return answer == gold or bool(ours and theirs and ours[0] == theirs[0] and all(map(_close, ours[1], theirs[1])))
     if brackets != its_brackets or len(items) != len(golds) or len(items) > 20 or given:  # 1,000 is no list
         return False
-    labelled = [len({_PARTS.fullmatch(item)[1] for item in side}) > 1 for side in (items, golds)]  # AB=4, CD=5
+    labelled = [len({_PARTS.fullmatch(_tidy(t))[1] for t in side}) > 1 for side in (items, golds)]  # AB=4, CD=5
     if brackets or "¦" in gold or labelled[0] != labelled[1]:
         return all(_same_math(a, g, problem, tolerance) for a, g in zip(items, golds))
     found = all(any(_same_math(a, g, problem, tolerance) for a in items) for g in golds)
@@ -823,8 +823,8 @@ def _same_text(answer: str, gold: str, problem: Problem, tolerance: float = 0.0)
 def _words(text: str) -> list[str]:
     """Lower-case words without accents and articles (vitamin A, The The and C++ keep theirs), numbers with signs."""
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d),(?=\d{3})|(?<=[A-Za-z])['’]|(?<=[A-Za-z])\.(?!\d)", "", text)
-    shorter = re.sub(r"\b(?:[Tt]he|[Aa]n|a(?= \w))\b|^A\b(?= \w)|(?<=\d )of\b", " ", text)
+    text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d),(?=\d{3})|(?<=[A-Za-z])(?:['’]|(?<!^A)\.(?!\d))", "", text)
+    shorter = re.sub(r"\b(?:[Tt]he|[Aa]n|a(?= \w))\b|^A\b(?= \w)|(?<=\d )(?:of\b|to(?= \d))", " ", text)
     words = [re.findall(r"(?<!\w)-?\d+(?:\.\d+)?|\.\d+|[^\W_]+[+#]*", t.casefold()) for t in (shorter, text)]
     return [_WORDS[word] if _WORDS.get(word, "").isdigit() else word for word in words[0] or words[1]]
 
