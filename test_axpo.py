@@ -55,38 +55,30 @@ torch.set_num_threads(1)
 
 
 # --- The method --------------------------------------------------------------------------------------------------------
-def test_group_advantage_is_the_reward_standardised_by_the_sample_deviation_and_0_where_rewards_are_equal():
+def test_advantages_are_rewards_standardised_by_the_sample_deviation_and_a_prefix_replaces_its_sources_alone():
     # mean 1/4, squared deviations 9/16 + 3/16 = 3/4, over N - 1 = 3: std 1/2
     advantages = axpo.group_advantages(torch.tensor([1.0, 0, 0, 0]))
     assert advantages.tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
     for rewards in ([0.0] * 8, [1.0] * 8, [0.1] * 3, [1.0]):
         assert axpo.group_advantages(torch.tensor(rewards)).tolist() == [0.0] * len(rewards)
-
-
-def test_trigger_is_a_nonempty_tool_subgroup_that_is_entirely_wrong():
-    trigger = axpo.all_wrong_tool_rollouts
-    assert trigger([0, 0, 1, 1], [1, 1, 0, 0]) == [0, 1]  # the others' success doesn't matter
-    assert trigger([0, 0, 0, 0], [0, 1, 0, 0]) == [1]
-    assert trigger([1, 0, 0, 0], [1, 1, 0, 0]) == []  # mixed subgroup
-    assert trigger([0, 0, 0, 0], [0, 0, 0, 0]) == []  # nobody used a tool
-
-
-def test_selection_is_breadth_first_and_most_uncertain_first():
-    questions, uncertainty = [0, 0, 1, 2, 2, 2], [0.1, 0.9, 0.5, 0.7, 0.8, 0.2]
-    order = [1, 4, 2, 3, 0, 5]  # round 1: .9 .8 .5; round 2: .7 .1; round 3: .2
-    for budget in range(8):
-        assert axpo.select_prefixes(questions, uncertainty, budget) == order[:budget]
-    assert axpo.select_prefixes([7, 7, 3], [0.5, 0.5, 0.5], 3) == [0, 2, 1]  # ties by index; questions are names
-    assert axpo.select_prefixes([], [], 4) == []
-
-
-def test_prefix_advantage_replaces_the_sources_reward_alone():
-    # r~ = [1, 0, 0, 1]: mean 1/2, std sqrt(1/3); the source stands 1/2 above the mean
-    rewards = torch.tensor([0.0, 0, 0, 1])
+    rewards = torch.tensor([0.0, 0, 0, 1])  # r~ = [1, 0, 0, 1]: mean 1/2, std sqrt(1/3); the source 1/2 above the mean
     assert axpo.prefix_advantage(rewards, 0, True) == pytest.approx(math.sqrt(3) / 2, abs=1e-5)
     assert axpo.prefix_advantage(rewards, 0, False) == pytest.approx(-0.5, abs=1e-5)
     assert axpo.prefix_advantage(torch.zeros(4), 2, False) == 0.0
     assert rewards.tolist() == [0, 0, 0, 1]
+
+
+def test_a_nonempty_tool_subgroup_that_is_all_wrong_triggers_and_choice_is_breadth_first_and_most_uncertain_first():
+    trigger, select = axpo.all_wrong_tool_rollouts, axpo.select_prefixes
+    assert trigger([0, 0, 1, 1], [1, 1, 0, 0]) == [0, 1]  # the others' success doesn't matter
+    assert trigger([0, 0, 0, 0], [0, 1, 0, 0]) == [1]
+    assert trigger([1, 0, 0, 0], [1, 1, 0, 0]) == []  # mixed subgroup
+    assert trigger([0, 0, 0, 0], [0, 0, 0, 0]) == []  # nobody used a tool
+    order = [1, 4, 2, 3, 0, 5]  # round 1: .9 .8 .5; round 2: .7 .1; round 3: .2
+    for budget in range(8):
+        assert select([0, 0, 1, 2, 2, 2], [0.1, 0.9, 0.5, 0.7, 0.8, 0.2], budget) == order[:budget]
+    assert select([7, 7, 3], [0.5, 0.5, 0.5], 3) == [0, 2, 1]  # ties by index; questions are names
+    assert select([], [], 4) == []
 
 
 def test_policy_loss_clips_asymmetrically_and_only_where_it_would_gain_and_weighs_the_k3_estimate_of_the_kl():
@@ -258,14 +250,12 @@ def merging_tokenizer(policy):
     from transformers import PreTrainedTokenizerFast
 
     pairs = ["Ċ Ċ", ". Ċ", ". ĊĊ", "Ġ Ċ", "Ġ Ġ", "ĠĠ Ċ", "Ċ <", "Ċ a", "> a"]  # Ċ is a newline, Ġ a blank
-    merges = [tuple(pair.split()) for pair in pairs]
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *["".join(pair) for pair in merges]]
-    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *[pair.replace(" ", "") for pair in pairs]]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [tuple(pair.split()) for pair in pairs]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
     core.add_special_tokens(list(data.CONTROL_TOKENS))
     core.add_tokens(list(data.TAG_TOKENS))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    tokenizer.chat_template = data.CHAT_TEMPLATE
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=data.CHAT_TEMPLATE)
     model = copy.deepcopy(policy.model)
     model.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     return axpo.Policy(model, tokenizer, policy.image_processor)
@@ -284,9 +274,7 @@ def with_text_at_every_seam(policy, text):
     parts, images = [text, f"{text} as wide as{text}", text], [picture(32, 32)] * 2  # which take one token
     asked = problem(question="<image>".join(parts), images=images)
     r = talk(policy, asked, SCRIPTED_CALL % "{}", (text, images), "Hm", (text, []))
-    content = [{"type": "text", "text": parts[0]}]
-    for part in parts[1:]:
-        content += [{"type": "image"}, {"type": "text", "text": part}]
+    content = [item for part in parts for item in ({"type": "image"}, {"type": "text", "text": part})][1:]
     messages = [{"role": "system", "content": data.SYSTEM_PROMPT}, {"role": "user", "content": content}]
     spelled = policy.tokenizer.apply_chat_template(messages, tools=SCHEMAS, tokenize=False, add_generation_prompt=True)
     return r.ids, spelled + SCRIPTED_CALL % "{}" + HEAD + 2 * IMAGE + text + TAIL + "Hm" + HEAD + text + TAIL
@@ -305,9 +293,7 @@ def test_ids_are_those_of_the_whole_text_at_every_seam_where_foreign_control_tok
     assert (policy.encode("ends.\n</tool_response>") != apart) == (tokenizer == "merging")
 
 
-def test_a_picture_is_seen_as_it_is_shown_and_within_its_limit_and_long_questions_are_left_out(
-    policy, capsys, monkeypatch
-):
+def test_a_picture_is_seen_upright_and_within_its_limit_and_long_questions_are_left_out(policy, capsys, monkeypatch):
     photo, exif = Image.effect_noise((64, 32), 50), Image.Exif()
     exif[0x0112] = 6  # it lies on its side
     pixels, grid = policy.encode_image(encoded(photo, exif=exif))
@@ -378,12 +364,10 @@ ZOOM_IN = SCRIPTED_CALL % '{"name": "image_zoom_in", "arguments": {"bbox_2d": [2
 
 
 @pytest.mark.parametrize("turns, limits, ends", [  # with this stop, so many calls and observations, and this reward
-    ([ZOOM_IN, ZOOM_IN, SCRIPTED_ANSWER], {}, ("answer", 2, 2, 1)),
-    ([BAD, SCRIPTED_ANSWER], {}, ("answer", 1, 1, 1)),
-    ([OPEN, SCRIPTED_ANSWER], {}, ("answer", 1, 1, 1)),
+    ([ZOOM_IN, ZOOM_IN, SCRIPTED_ANSWER], {}, ("answer", 2, 2, 1)), ([BAD, SCRIPTED_ANSWER], {}, ("answer", 1, 1, 1)),
     (["I quote <tool_call> while thinking." + SCRIPTED_ANSWER], {}, ("answer", 0, 0, 1)),
     ([BAD, SCRIPTED_CALL % "{}", SCRIPTED_ANSWER], {"max_turns": 2}, ("turns", 2, 1, 0)),
-    ([BAD], {"max_response_tokens": 8}, ("length", 1, 0, 0)),
+    ([OPEN, SCRIPTED_ANSWER], {}, ("answer", 1, 1, 1)), ([BAD], {"max_response_tokens": 8}, ("length", 1, 0, 0)),
     (["word " * 30], {"max_response_tokens": 8}, ("length", 0, 0, 0)),
 ])  # fmt: skip
 def test_a_rollout_ends_at_an_answer_or_a_limit_and_marks_what_was_drawn(monkeypatch, policy, cfg, turns, limits, ends):
@@ -432,9 +416,8 @@ def pretend_graphs(monkeypatch, engine):
         own = [x.clone() for x in inputs]
 
         def replay(*new):
-            for old, x in zip(own, new):
-                assert old.shape == x.shape
-                old.copy_(x)
+            assert [x.shape for x in new] == [x.shape for x in own]
+            torch._foreach_copy_(own, new)
             return step(*own)
 
         return replay
@@ -447,14 +430,13 @@ def pretend_graphs(monkeypatch, engine):
 
 @pytest.mark.parametrize("start", ["prompt", "prefix"])
 def test_a_fork_shares_full_pages_and_copies_the_begun_one(monkeypatch, policy, cfg, start):
-    passed, shared, begun, most, real = [], set(), set(), [], axpo.sample
-    policy = counted(policy, passed)
-    prompt = policy.prompt(TEXT)
+    passed, shared, begun, most, real, prompt = [], set(), set(), [], axpo.sample, policy.prompt(TEXT)
     parent = prompt if start == "prompt" else talk(policy, prompt, "Hm.\n</think>\n\n<tool_call>")
     rollouts = [parent.fork(len(parent.ids), (7, i)) for i in range(6)]
     length = len(parent.ids) - 1  # is computed once: the last token gives each row its own logits
     full, rest = divmod(length, 7)
-    engine = axpo.Engine(policy, Sampling(1.0, max_response_tokens=length + 7 - prompt.prompt_len), cfg, page=7)
+    sampling = Sampling(1.0, max_response_tokens=length + 7 - prompt.prompt_len)
+    engine = axpo.Engine(counted(policy, passed), sampling, cfg, page=7)
 
     def watched(*inputs):
         rows = [row for row in engine.rows if row.pages]  # the first alone, then all
@@ -507,12 +489,10 @@ def test_the_speed_of_a_tool_changes_no_bit_and_no_step(monkeypatch, policy, cfg
 @pytest.mark.parametrize("kind, rows, page, feed", [
     ("plain", 5, 0, 1), ("alone", 1, 64, 300), ("many", 128, 1, 300), ("tight", 6, 5, 300), ("graphs", 7, 16, 16384), ("bf16", 3, 0, 300),
 ])  # fmt: skip
-def test_branched_multi_image_multi_turn_rollouts_are_what_transformers_and_the_trainer_make_of_them(
-    monkeypatch, theirs, policy, cfg, kind, rows, page, feed
-):
-    """Random workloads: tokens, log-probs and entropies equal those of one forward pass over each rollout alone. They
-    depend neither on what is decoded beside it nor on pages, on whether it gave them back on the way as the pool was
-    full, or on the padding of CUDA graphs."""
+def test_rollouts_equal_those_of_transformers_and_the_trainer(monkeypatch, theirs, policy, cfg, kind, rows, page, feed):
+    """Random workloads, branched, of many turns and images: tokens, log-probs and entropies equal those of one forward
+    pass over each rollout alone. They depend neither on what is decoded beside it nor on pages, on whether it gave them
+    back on the way as the pool was full, or on the padding of CUDA graphs."""
     policy, draw = fresh(policy, torch.bfloat16 if kind == "bf16" else torch.float32), random.Random(kind)
     policy.bias[[policy.think_close, policy.call_open, policy.call_close]] = 7.0
     policy.bias[policy.end] = 3.0
@@ -563,12 +543,10 @@ def test_the_penalty_counts_a_prefix_too_and_image_and_turn_tokens_and_ids_witho
     allowed = len(policy.tokenizer) - len(axpo.FORBIDDEN)
     assert policy.bias[ids].eq(0).all() and ids.unique().numel() == allowed
     assert torch.allclose(entropy, torch.tensor(math.log(allowed))) and torch.allclose(logps, -entropy)
-    sampling = Sampling(0.0, presence_penalty=1e6, max_response_tokens=12)
-    (source,) = rolled_out(axpo.Engine(policy, sampling, cfg), siblings(policy, [TEXT], 1))
-    branch = source.fork(source.prompt_len + 5, (1,))
-    rolled_out(axpo.Engine(policy, sampling, cfg), [branch])
+    once, often = (Sampling(0.0, presence_penalty=x, max_response_tokens=12) for x in (1e6, 0.0))
+    (source,), (free,) = (rolled_out(axpo.Engine(policy, x, cfg), siblings(policy, [TEXT], 1)) for x in (once, often))
+    (branch,) = rolled_out(axpo.Engine(policy, once, cfg), [source.fork(source.prompt_len + 5, (1,))])
     assert branch.ids == source.ids and len(set(sampled(source))) == len(sampled(source)) > 5
-    (free,) = rolled_out(axpo.Engine(policy, replace(sampling, presence_penalty=0.0), cfg), siblings(policy, [TEXT], 1))
     assert len(set(sampled(free))) < len(sampled(free))
 
 
@@ -652,8 +630,8 @@ def credits(batch, kind):
     return {place(s.rollout): s.advantage for s in batch.streams if s.kind == kind}
 
 
-def test_credit_of_every_rollout_prefix_and_continuation_by_hand(policy, cfg):
-    batch = scripted_batch(policy, cfg)
+def test_credit_of_every_rollout_prefix_and_continuation_by_hand_and_each_ablation_removes_one_thing(policy, cfg):
+    whole = scripted_batch(policy, cfg)
     # Of the group's own rewards [0, 0, 1, 0]: a prefix that recovers changes nobody else's credit.
     rollouts = {("text", 2): 1.5, ("text", 3): -0.5, **{("flag", i): 0.0 for i in range(3)}}
     rollouts |= {("pair", 0): 1.5, **{("pair", i): -0.5 for i in (1, 2, 3)}, **{("cut", i): 0.0 for i in range(4)}}
@@ -663,15 +641,11 @@ def test_credit_of_every_rollout_prefix_and_continuation_by_hand(policy, cfg):
     continuations = {(*source, k): 0.0 for source in (("text", 0), ("flag", 3)) for k in range(2)}
     continuations |= {("text", 1, 0): math.sqrt(0.5), ("text", 1, 1): -math.sqrt(0.5)}
     expected = {"rollout": rollouts, "prefix": prefixes, "continuation": continuations}
-    assert len(batch.streams) == sum(map(len, expected.values())) == 16 - 3 + 3 + 6
+    assert len(whole.streams) == sum(map(len, expected.values())) == 16 - 3 + 3 + 6
     for kind, by_hand in expected.items():
-        assert credits(batch, kind) == pytest.approx(by_hand, abs=1e-5)
-
-
-def test_each_ablation_removes_one_thing(policy, cfg):
-    whole = scripted_batch(policy, cfg)
+        assert credits(whole, kind) == pytest.approx(by_hand, abs=1e-5)
     batch = scripted_batch(policy, cfg, ablate="prefix_credit")  # the source's own reward, 0, stays: [0, 0, 1, 0]
-    assert credits(batch, "prefix") == pytest.approx({**credits(whole, "prefix"), ("text", 1): -0.5}, abs=1e-5)
+    assert credits(batch, "prefix") == pytest.approx({**prefixes, ("text", 1): -0.5}, abs=1e-5)
     assert credits(batch, "continuation") == credits(whole, "continuation")
     batch = scripted_batch(policy, cfg, ablate="separate_group")  # among [1, 0] and the source's [0, 0, 1, 0]
     merged = credits(batch, "continuation")
@@ -692,9 +666,9 @@ def test_without_a_call_what_follows_the_thinking_is_drawn_anew(monkeypatch, pol
     start, end = axpo.first_action(r, policy)
     assert r.ids[start - 1] == policy.think_close and end == len(r.ids)
     r.reward = 0.0
-    (prefix,) = axpo.find_candidates({0: [r]}, policy, replace(cfg, ablate="no_tool"))
+    prefixes = axpo.find_candidates({0: [r]}, policy, replace(cfg, ablate="no_tool"))
     assert not axpo.find_candidates({0: [r]}, policy, cfg)
-    resample = axpo.resample(policy, [prefix], [TEXT], {}, Sampling(1.0, max_response_tokens=60), cfg)[0]
+    (resample,) = axpo.resample(policy, prefixes, [TEXT], {}, Sampling(1.0, max_response_tokens=60), cfg)
     assert all(c.ids[:start] == r.ids[:start] for c in resample.continuations) and not resample.rollout.calls
 
 
@@ -724,21 +698,16 @@ def test_no_trigger_is_exactly_grpo_which_never_resamples(policy, cfg):
     assert one == two and not batches[0].resamples
 
 
-CALL = '{"name": "image_zoom_in", "arguments": {"bbox_2d": %s, "label": "%s"}}</tool_call>'
-
-
-@pytest.mark.parametrize("a, b, same", [
-    (CALL % ("[0, 0, 100, 100]", "flag"), CALL % ("[0, 0, 100, 90]", "Flag"), True),
-    (CALL % ("[0, 0, 100, 100]", "flag"), CALL % ("[0, 60, 100, 160]", "flag"), False),
-    (CALL % ("[0, 0, 9, 9]", "a"), CALL % ("[0, 0, 9, 9]", "b"), False), (CALL % ("[]", "a"), CALL % ("[1]", "a"), False),
-    ('{"name": "f", "arguments": {"x": 1,  "y": "A"}}', '{"arguments": {"y": "a", "x": 1}, "name": "f"}\n', True),
-    ("no call", "no call", True), ("no call", "another", False), ("[1]", "[2]", False),
-])  # fmt: skip
-def test_calls_are_the_same_up_to_spelling_and_half_of_a_box(a, b, same):
-    assert axpo.same_call(a, b) == axpo.same_call(b, a) == same and axpo.same_call(a, a)
-
-
-def test_ranks_correlate_as_spearman_says():
+def test_calls_are_the_same_up_to_spelling_and_half_of_a_box_and_ranks_correlate_as_spearman_says():
+    call = '{"name": "image_zoom_in", "arguments": {"bbox_2d": %s, "label": "%s"}}</tool_call>'
+    for a, b, same in (
+        (call % ("[0, 0, 100, 100]", "flag"), call % ("[0, 0, 100, 90]", "Flag"), True),
+        (call % ("[0, 0, 100, 100]", "flag"), call % ("[0, 60, 100, 160]", "flag"), False),
+        (call % ("[0, 0, 9, 9]", "a"), call % ("[0, 0, 9, 9]", "b"), False), (call % ("[]", "a"), call % ("[1]", "a"), False),
+        ('{"name": "f", "arguments": {"x": 1,  "y": "A"}}', '{"arguments": {"y": "a", "x": 1}, "name": "f"}\n', True),
+        ("no call", "no call", True), ("no call", "another", False), ("[1]", "[2]", False),
+    ):  # fmt: skip
+        assert axpo.same_call(a, b) == axpo.same_call(b, a) == same and axpo.same_call(a, a)
     a, b = np.array([1, 2, 2, 3]), np.array([10.0, 5, 7, 0])
     assert axpo.rank_correlation(a, b) == pytest.approx(-0.9486833)
     assert math.isnan(axpo.rank_correlation(a, 0 * b)) and math.isnan(axpo.rank_correlation(a[:1], b[:1]))
@@ -814,13 +783,12 @@ def test_tool_output_gets_no_gradient_and_all_else_transformers_own(tree, theirs
 
 
 def test_each_segment_is_computed_once_and_the_dearest_micro_batch_comes_first(tree, policy):
-    passed, sizes = [], []
-    ours = counted(policy, passed)
-
     def tokens(batch):
         own = {r for s in batch for r, *_ in axpo.segments(s.rollout, s.end)}
         return sum(len(r.ids) - r.parent_len for r in own)  # prompts and prefixes once
 
+    passed, sizes = [], []
+    ours = counted(policy, passed)
     for budget in (50, 300, 500, 100_000):
         passed.clear()
         for batch in axpo.micro_batches(tree[::-1], budget):
@@ -869,17 +837,17 @@ def test_without_a_kl_streams_without_advantage_are_skipped_and_nothing_else_cha
 def test_recomputed_layers_run_again_in_the_backward_pass_alone_and_change_no_bit(tree, policy):
     """A decoder layer and a vision block: once per pass, and once more on the way back where they are recomputed."""
     streams, gradients = [s for s in tree if s.rollout.problem.id == "pair"], []
-    for recompute, counts in ((False, [2, 4, 4]), (True, [2, 4, 6])):
-        ours, calls, found = fresh(policy, recompute=recompute), [], []
+    for recompute, more in ((False, 0), (True, 2)):
+        ours, calls = fresh(policy, recompute=recompute), []
         for part in (ours.model.model.language_model.layers[0], ours.model.model.visual.blocks[0]):
             part.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         with torch.no_grad():
             axpo.stream_logps(ours, streams, 1.0)
-        found.append(len(calls))
+        assert len(calls) == 2
         logps, mask = axpo.stream_logps(ours, streams, 1.0)
-        found.append(len(calls))
+        assert len(calls) == 4
         logps[mask].sum().backward()
-        assert [*found, len(calls)] == counts
+        assert len(calls) == 4 + more
         gradients.append(gradient(ours))
     assert torch.equal(*gradients)
 
@@ -1038,8 +1006,8 @@ def test_tool_state_images_and_figures_of_a_rollout(tool_config):
     with Toolbox([encoded(Image.new("RGB", (40, 30), "red")), Image.new("L", (50, 60))], tool_config) as toolbox:
         assert toolbox._session is None
         assert [tool_call(toolbox, code=code).text for code in ("x = 6", "x * 7")] == ["(no output)", "42"]
-        seen = tool_call(toolbox, code="[i.size for i in _pil_images], [open(p, 'rb').read(2) for p in _images]")
-        assert seen.text == "([(40, 30), (50, 60)], [b'BM', b'BM'])"
+        code = "[i.size for i in _pil_images], [open(p, 'rb').read(2) for p in _images]"
+        assert tool_call(toolbox, code=code).text == "([(40, 30), (50, 60)], [b'BM', b'BM'])"
         code = "import matplotlib.pyplot as plt\nplt.plot([1]); plt.show()\n_pil_images[0].crop((0, 0, 9, 90)).show()"
         seen = tool_call(toolbox, code=code)
         assert seen.text == "Image 2: shown by the code.\nImage 3: shown by the code."
@@ -1070,11 +1038,9 @@ def test_sandbox_leaves_nothing_after_close_however_deep_and_closed(tool_config)
     for code in (nested, closed):
         with Toolbox([], tool_config) as toolbox:
             tool_call(toolbox, code="1")
-            session = toolbox._session
-            seen = tool_call(toolbox, code=code)
+            session, seen = toolbox._session, tool_call(toolbox, code=code)
             assert code == nested or not os.getuid() or "died (Permission denied)" in seen.text
             assert tool_call(toolbox, code="6 * 7").text == "42"
-            toolbox.close()
         assert not os.path.exists(session.folder) and tool_state(session.pid) in "ZX"
 
 
@@ -1087,10 +1053,8 @@ def test_tool_python_stands_still_between_calls_and_when_it_is_looked_at(tool_co
         assert len(states) > 2 and set(states) == {"T"}
         tool_call(toolbox, code="import os; os.read = lambda *_: sum(range(10**12))")  # by it the next call comes
         stat = Path(f"/proc/{toolbox._session.pid}/stat")
-        time.sleep(0.1)
-        before = stat.read_text()
-        time.sleep(0.4)
-        assert stat.read_text() == before and " T " in before
+        (before, after) = (time.sleep(pause) or stat.read_text() for pause in (0.1, 0.4))
+        assert after == before and " T " in before
 
 
 def test_sandbox_survives_a_fork_that_fails_and_the_death_of_its_zygote(tool_config):
@@ -1217,13 +1181,13 @@ def test_tool_call_turns_any_text_into_an_observation(tool_config, tmp_path):
             del toolbox.images[2:]
 
 
-@pytest.mark.parametrize("name, arguments, wrong", [
-    ("python", {}, "code must"), ("python", {"code": "x" * 10**6}, "code must"), ("python", {"code": "1", "timeout": "x"}, "timeout"), ("os", {}, "no such tool"),
-    ("python", {"code": "1", "timeout": True}, "timeout must"), ("image_zoom_in", {"bbox_2d": [9, 5, 5, 9]}, "x1 < x2"), ("image_zoom_in", {"bbox_2d": "x"}, "must be [x1"),
-    ("image_zoom_in", {"bbox_2d": [1, 2, 3, "4"]}, "number"), ("image_zoom_in", {"bbox_2d": [math.nan] * 4}, "number"), ("image_zoom_in", {"bbox_2d": [0, 0, 9, 9], "img_idx": 1}, "below 1"),
-])  # fmt: skip
-def test_tool_call_names_what_is_wrong(name, arguments, wrong, tool_config):
-    with Toolbox([Image.new("RGB", (9, 9))], tool_config) as toolbox:
+def test_tool_call_names_what_is_wrong(tool_config):
+    toolbox = Toolbox([Image.new("RGB", (9, 9))], tool_config)
+    for name, arguments, wrong in (
+        ("python", {}, "code must"), ("python", {"code": "x" * 10**6}, "code must"), ("python", {"code": "1", "timeout": "x"}, "timeout"), ("os", {}, "no such tool"),
+        ("python", {"code": "1", "timeout": True}, "timeout must"), ("image_zoom_in", {"bbox_2d": [9, 5, 5, 9]}, "x1 < x2"), ("image_zoom_in", {"bbox_2d": "x"}, "must be [x1"),
+        ("image_zoom_in", {"bbox_2d": [1, 2, 3, "4"]}, "number"), ("image_zoom_in", {"bbox_2d": [math.nan] * 4}, "number"), ("image_zoom_in", {"bbox_2d": [0, 0, 9, 9], "img_idx": 1}, "below 1"),
+    ):  # fmt: skip
         seen = tool_call(toolbox, name, **arguments)
         assert wrong in seen.text and not seen.ok and not seen.images and toolbox._session is None
 
@@ -1249,11 +1213,18 @@ def test_tool_pictures_are_the_same_everywhere_and_as_a_viewer_shows_them(tool_c
     def greys(image):
         return [image.convert("RGB").getpixel((x, 0))[0] for x in range(image.width)]
 
+    def raw_png(depth, colour, pixels, clear):  # two pixels, whose clear colour is as raw as they are
+        header = struct.pack(">IIBBBBB", 2, 1, depth, colour, 0, 0, 0)
+        parts = {b"IHDR": header, b"tRNS": clear, b"IDAT": zlib.compress(b"\0" + pixels), b"IEND": b""}
+        chunks = [struct.pack(f">I4s{len(x)}sI", len(x), kind, x, zlib.crc32(kind + x)) for kind, x in parts.items()]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
     turned, moving, exif = Image.new("L", (1, 2), 9), [row([9, 9]), row([200, 200])], Image.Exif()
     turned.putpixel((0, 0), 200)
     exif[0x0112] = 6  # the orientation says that the row's right end is the first line
     palette = row([0, 1]).convert("P")
     palette.putpalette([9, 9, 9, 5, 5, 5])
+    wide = struct.pack(">6H", 0x1000, 0x2000, 0x3000, *[0x4000] * 3)
     # Encoded pictures of one row, with what a good viewer shows of each: a grey per pixel.
     pictures, expected = zip(*[
         (encoded(row([[9] * 3 + [255], [0] * 4])), [9, 255]), (encoded(row([[9, 255], [0, 0]])), [9, 255]),  # RGBA, LA
@@ -1263,6 +1234,7 @@ def test_tool_pictures_are_the_same_everywhere_and_as_a_viewer_shows_them(tool_c
         (encoded(row([0, 0.5, 1], "f4"), "TIFF"), [0, 128, 255]), (encoded(row([0, 255]).convert("1")), [0, 255]),
         (encoded(row([[9] * 3, [200] * 3]).convert("CMYK"), "TIFF"), [9, 200]), (encoded(Image.new("CMYK", (2, 1), (0, 0, 0, 255)), "JPEG"), [0, 0]),
         (encoded(turned, exif=exif), [9, 200]), (encoded(moving[0], "GIF", save_all=True, append_images=moving[1:]), [9, 9]),
+        (raw_png(2, 0, b"\x60", b"\0\1"), [255, 170]), (raw_png(4, 0, b"\x36", b"\0\3"), [255, 102]), (raw_png(16, 2, wide, wide[:6]), [255, 64]),
     ])  # fmt: skip
     assert [greys(tools.open_image(picture)) for picture in pictures] == list(expected)
     code = """from PIL import Image
@@ -1278,29 +1250,7 @@ import matplotlib.pyplot as plt; plt.figure(facecolor='none'); plt.show()"""
         seen = tool_call(toolbox, code=shown)
         assert [greys(image)[0] for image in seen.images] == [255, 255, 128, 255], seen.text
     with Toolbox(pictures * 9, tool_config) as toolbox:
-        assert tool_call(toolbox, code="len(_images), _pil_images[143].size").text == "(144, (2, 1))"
-
-
-def raw_png(depth, colour, pixels, clear):
-    """Two pixels of a PNG whose clear colour is as raw as they are."""
-    packed = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))  # noqa: E731
-    parts = {
-        b"IHDR": struct.pack(">IIBBBBB", 2, 1, depth, colour, 0, 0, 0),
-        b"tRNS": clear,
-        b"IDAT": zlib.compress(b"\0" + pixels),
-    }
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed(*part) for part in parts.items()) + packed(b"IEND", b"")
-
-
-def test_tool_pictures_of_few_or_many_bits_have_their_clear_colour():
-    wide = struct.pack(">6H", 0x1000, 0x2000, 0x3000, 0x4000, 0, 0)
-    for picture, second in (
-        (raw_png(2, 0, b"\x60", b"\0\1"), (170,) * 3),
-        (raw_png(4, 0, b"\x36", b"\0\3"), (102,) * 3),
-        (raw_png(16, 2, wide, wide[:6]), (64, 0, 0)),
-    ):
-        image = tools.open_image(picture)
-        assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, second]
+        assert tool_call(toolbox, code="len(_images), _pil_images[170].size").text == "(171, (2, 1))"
 
 
 def test_tool_pictures_that_cannot_be_decoded_are_one_sentence(tool_config, tmp_path):
@@ -1374,14 +1324,12 @@ class Replies(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, body, self.headers["Authorization"]))
         reply = self.server.replies.pop(0) if self.server.replies else self.server.usual
-        if reply == "slow":
-            time.sleep(5)
-        elif reply == "closed":
+        if reply == "closed":
             self.connection.shutdown(2)
-        elif reply == "drip":
+        elif reply in ("slow", "drip"):
             with contextlib.suppress(OSError):
                 for part in [b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 50]:
-                    self.wfile.write(part)
+                    self.wfile.write(part if reply == "drip" else b"")
                     time.sleep(0.1)
         else:
             self.send_response(reply if isinstance(reply, int) else 200)
