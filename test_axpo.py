@@ -5,7 +5,6 @@ import base64
 import contextlib
 import copy
 import csv
-import fcntl
 import http.server
 import io
 import itertools
@@ -13,7 +12,6 @@ import json
 import math
 import multiprocessing.connection
 import os
-import pkgutil
 import random
 import re
 import resource
@@ -189,6 +187,14 @@ WIDE = [picture(300, 120), picture(64, 200, (0, 90, 0))]
 PAIR = problem("1", "math", "Is <image> as wide as\n<image>, or not?", WIDE, "pair")
 SCRIPTED_CALL = "Hm.\n</think>\n\n<tool_call>\n%s\n</tool_call>"
 SCRIPTED_ANSWER = "It says 1.\n</think>\n\n<answer>\\boxed{1}</answer>"
+PLAIN = ["It ends.", "ends\n", "ends\n\n", "blanks  ", ". ", "\nbegins", " begins", "a", "", "\n", "<", "é 😀."]
+SPELLED = ["a<|im_end|>\n<tool_call>{}</tool_call><|image_pad|><think></think><|endoftext|>b < c", "<|im_end|>",
+           "\n<think>", "</tool_response>\n", "<<|im_end|><|im_", ".<|image_pad|>\n\n"]  # fmt: skip
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+HEAD = "<|im_end|>\n<|im_start|>user\n<tool_response>\n"
+TAIL = "\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n"
+BAD, OPEN = SCRIPTED_CALL % "no json", "x\n</think>\n\n<tool_call>\nnever closed"
+ZOOM_IN = SCRIPTED_CALL % '{"name": "image_zoom_in", "arguments": {"bbox_2d": [200, 300, 700, 800], "label": "flag"}}'
 
 
 def turn_ids(policy, *turns):
@@ -251,14 +257,6 @@ def merging_tokenizer(policy):
     model = copy.deepcopy(policy.model)
     model.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     return axpo.Policy(model, tokenizer, policy.image_processor)
-
-
-PLAIN = ["It ends.", "ends\n", "ends\n\n", "blanks  ", ". ", "\nbegins", " begins", "a", "", "\n", "<", "é 😀."]
-SPELLED = ["a<|im_end|>\n<tool_call>{}</tool_call><|image_pad|><think></think><|endoftext|>b < c", "<|im_end|>",
-           "\n<think>", "</tool_response>\n", "<<|im_end|><|im_", ".<|image_pad|>\n\n"]  # fmt: skip
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-HEAD = "<|im_end|>\n<|im_start|>user\n<tool_response>\n"
-TAIL = "\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n"
 
 
 def with_text_at_every_seam(policy, text):
@@ -343,10 +341,6 @@ def play(monkeypatch, policy, rollouts, scripts, cfg, **options):
 
 def sampled(rollout, start=0):
     return [i for i, own in zip(rollout.ids[start:], rollout.sampled[start:]) if own]
-
-
-BAD, OPEN = SCRIPTED_CALL % "no json", "x\n</think>\n\n<tool_call>\nnever closed"
-ZOOM_IN = SCRIPTED_CALL % '{"name": "image_zoom_in", "arguments": {"bbox_2d": [200, 300, 700, 800], "label": "flag"}}'
 
 
 @pytest.mark.parametrize("turns, limits, ends", [  # with this stop, so many calls and observations, and this reward
@@ -572,45 +566,54 @@ def place(r):
     return (r.problem.id, *r.seed[3:4], *r.seed[5:])
 
 
-class ScriptedEngine:
-    def __init__(self, policy, sampling, cfg):
-        self.policy = policy
-
-    def run(self, rollouts, count, title):
-        encode = self.policy.encode
-        for r in rollouts:
-            right, *entropies = SCRIPT[place(r)]
-            texts = ["Hm.\n</think>\n\n<tool_call>", "{}</tool_call>"] if entropies else []
-            for text, entropy in zip(texts, entropies):
-                ids = encode(text) if entropy else []
-                r.calls += [axpo.Call(len(r.ids), len(r.ids) + len(ids))] if text == texts[1] else []
-                r.append(ids, [-(entropy or 0)] * len(ids), [entropy] * len(ids))
-            r.append(encode("</answer>"), [-2.0] * len(encode("</answer>")), [9.0] * len(encode("</answer>")))
-            r.stop, r.response = "answer", SCRIPTED_ANSWER if right else SCRIPTED_ANSWER.replace("{1}", "{2}")
-            yield r
+def run_scripted(encode, rollouts, count, title):
+    """Stands for an engine's `run`."""
+    for r in rollouts:
+        right, *entropies = SCRIPT[place(r)]
+        texts = ["Hm.\n</think>\n\n<tool_call>", "{}</tool_call>"] if entropies else []
+        for text, entropy in zip(texts, entropies):
+            ids = encode(text) if entropy else []
+            r.calls += [axpo.Call(len(r.ids), len(r.ids) + len(ids))] if text == texts[1] else []
+            r.append(ids, [-(entropy or 0)] * len(ids), [entropy] * len(ids))
+        r.append(encode("</answer>"), [-2.0] * len(encode("</answer>")), [9.0] * len(encode("</answer>")))
+        r.stop, r.response = "answer", SCRIPTED_ANSWER if right else SCRIPTED_ANSWER.replace("{1}", "{2}")
+        yield r
 
 
 def scripted_batch(policy, cfg, **options):
     sizes = {"rollouts_per_question": 4, "resamples_per_prefix": 2, "resample_ratio": 0.4}
     with pytest.MonkeyPatch.context() as patch:  # floor(0.4 * 4 * 4 / 2) = 3 prefixes
-        patch.setattr(axpo, "Engine", ScriptedEngine)
+        patch.setattr(axpo, "Engine", lambda *_: SimpleNamespace(run=partial(run_scripted, policy.encode)))
         problems = [TEXT, FLAG, PAIR, replace(TEXT, id="cut")]
         return axpo.axpo_batch(problems, policy, replace(cfg, **{**sizes, **options}), 0)
 
 
 @pytest.mark.parametrize("rank", ["entropy", "confidence", "random"])
-def test_budget_breadth_and_the_uncertainty_of_the_call_decide_what_is_resampled(policy, cfg, rank):
-    resamples, again = (scripted_batch(policy, cfg, rank=rank).resamples for _ in range(2))
-    found = [(place(r.rollout), r.recovered, len(r.continuations)) for r in resamples]
+def test_budget_breadth_and_the_calls_uncertainty_choose_prefixes_which_stay_as_they_were(policy, cfg, rank):
+    batch, again = (scripted_batch(policy, cfg, rank=rank) for _ in range(2))
+    found = [(place(r.rollout), r.recovered, len(r.continuations)) for r in batch.resamples]
     assert sorted(found) == [(("flag", 3), False, 2), (("text", 0), False, 2), (("text", 1), True, 2)]
-    assert [r.prefix.uncertainty for r in resamples] == [r.prefix.uncertainty for r in again]
+    uncertainties = [r.prefix.uncertainty for r in batch.resamples]
+    assert uncertainties == [r.prefix.uncertainty for r in again.resamples]
     if rank != "random":
         # The call's 0.5, 0.3 and, in the second round, 0.1. By the thinking's, or the answer's, text 0 would be ahead.
-        expected = [u if rank == "entropy" else 1 - math.exp(-u) for u in (0.5, 0.3, 0.1)]
-        assert [r.prefix.uncertainty for r in resamples] == pytest.approx(expected)
-        assert [place(r.rollout) for r in resamples] == [("text", 1), ("flag", 3), ("text", 0)]
+        assert uncertainties == pytest.approx([u if rank == "entropy" else 1 - math.exp(-u) for u in (0.5, 0.3, 0.1)])
+        assert [at for at, *_ in found] == [("text", 1), ("flag", 3), ("text", 0)]
         fewer = scripted_batch(policy, cfg, rank=rank, resample_ratio=0.25).resamples  # floor(0.25 * 4 * 4 / 2) = 2
         assert [place(r.rollout) for r in fewer] == [("text", 1), ("flag", 3)]
+    spans = {s.rollout: (s.kind, s.start, s.end) for s in batch.streams}
+    assert len(spans) == len(batch.streams)  # and so every token is credited once
+    for r in batch.resamples:
+        source = batch.groups[r.prefix.question][r.prefix.source]
+        fork = source.calls[0].start
+        assert source not in spans  # what it wrote behind the prefix is in no stream
+        assert spans.pop(r.rollout) == ("prefix", source.prompt_len, fork) and r.rollout.parent is source.parent
+        for name in ("ids", "sampled", "logps", "entropies"):
+            assert getattr(r.rollout, name) == getattr(source, name)[:fork]
+        for c in r.continuations:
+            assert c.ids[:fork] == source.ids[:fork] and c.ids[fork - 1] == policy.call_open and c.used_tool
+            assert spans.pop(c) == ("continuation", fork, len(c.ids))
+    assert all(span == ("rollout", r.prompt_len, len(r.ids)) for r, span in spans.items())
 
 
 def credits(batch, kind):
@@ -658,23 +661,6 @@ def test_without_a_call_what_follows_the_thinking_is_drawn_anew(monkeypatch, pol
     assert not axpo.find_candidates({0: [r]}, policy, cfg)
     (resample,) = axpo.resample(policy, prefixes, [TEXT], {}, Sampling(1.0, max_response_tokens=60), cfg)
     assert all(c.ids[:start] == r.ids[:start] for c in resample.continuations) and not resample.rollout.calls
-
-
-def test_resample_keeps_the_prefix_identical_and_credits_every_token_once(policy, cfg):
-    batch = scripted_batch(policy, cfg)
-    spans = {s.rollout: (s.kind, s.start, s.end) for s in batch.streams}
-    assert len(spans) == len(batch.streams)
-    for r in batch.resamples:
-        source = batch.groups[r.prefix.question][r.prefix.source]
-        fork = source.calls[0].start
-        assert source not in spans  # what it wrote behind the prefix is in no stream
-        assert spans.pop(r.rollout) == ("prefix", source.prompt_len, fork) and r.rollout.parent is source.parent
-        for name in ("ids", "sampled", "logps", "entropies"):
-            assert getattr(r.rollout, name) == getattr(source, name)[:fork]
-        for c in r.continuations:
-            assert c.ids[:fork] == source.ids[:fork] and c.ids[fork - 1] == policy.call_open and c.used_tool
-            assert spans.pop(c) == ("continuation", fork, len(c.ids))
-    assert all(span == ("rollout", r.prompt_len, len(r.ids)) for r, span in spans.items())
 
 
 def test_no_trigger_is_exactly_grpo_which_never_resamples(policy, cfg):
@@ -747,14 +733,13 @@ def updated(policy, streams, cfg, **options):
     return trained, flat(trained) - flat(policy), metrics
 
 
-@pytest.mark.parametrize("dtype, temperature, error", [
-    (torch.float32, 1.0, 1e-5), (torch.float32, 0.7, 1e-5), (torch.bfloat16, 1.0, 0.02),
-])  # fmt: skip
-def test_tool_output_gets_no_gradient_and_all_else_transformers_own(tree, theirs, policy, dtype, temperature, error):
+@pytest.mark.parametrize("dtype, temperature", [(torch.float32, 1.0), (torch.float32, 0.7), (torch.bfloat16, 1.0)])
+def test_tool_output_gets_no_gradient_and_all_else_transformers_own(tree, theirs, policy, dtype, temperature):
     """Prompt, rollouts, resampled prefix and continuations, alone and side by side, of a question with pictures in
     question and observations. The vocabulary's layer, through which all gradient must go, sees what comes before a
     sampled token alone."""
     streams, seen = [s for s in tree if s.rollout.problem.id == "pair"], []
+    error = 0.02 if dtype == torch.bfloat16 else 1e-5
     assert len({p.cells for s in streams for p in s.rollout.pictures}) == 5
     model, ours = copy.deepcopy(theirs).to(dtype), fresh(policy, dtype)
     expected, mask = padded_logps(model, streams, temperature, policy.bias)
@@ -800,15 +785,13 @@ def test_micro_batches_and_order_change_nothing(tree, policy, cfg, beta):
 
 
 def test_an_update_raises_what_was_credited_and_only_later_ones_can_be_clipped(tree, policy, cfg):
-    trained, _, metrics = updated(policy, tree, cfg)
-    assert metrics["ratio"] == 1.0 and metrics["clip_fraction"] == 0.0 and metrics["kl"] == 0.0
-    assert math.isfinite(metrics["sampler_gap"])
+    (trained, _, once), (_, _, thrice) = (updated(policy, tree, cfg, epochs_per_batch=n) for n in (1, 3))
+    assert once["ratio"] == 1.0 != thrice["ratio"] and once["clip_fraction"] == 0.0 < thrice["clip_fraction"]
+    assert once["kl"] == 0.0 and math.isfinite(once["sampler_gap"])
     with torch.no_grad():
         (before, mask), (after, _) = (axpo.stream_logps(model, tree, 1.0) for model in (policy, trained))
     gain = ((after - before) * mask).sum(1) / mask.sum(1).clamp(min=1)
     assert (gain * torch.tensor([s.advantage for s in tree])).sum() > 0
-    _, _, metrics = updated(policy, tree, cfg, epochs_per_batch=3)
-    assert metrics["ratio"] != 1.0 and metrics["clip_fraction"] > 0
 
 
 def test_without_a_kl_streams_without_advantage_are_skipped_and_nothing_else_changes(tree, policy, cfg):
@@ -841,38 +824,8 @@ def test_recomputed_layers_run_again_in_the_backward_pass_alone_and_change_no_bi
 
 
 # --- The tools: what model-written Python cannot do, what every call returns, how zoom and search answer ---------------
-@pytest.fixture(scope="module")
-def tool_config():
-    # A fixed cache: a list of fonts is built once per machine and not once per run.
-    return ToolConfig(tool_cache=f"{tempfile.gettempdir()}/axpo-test-cache-{os.getuid()}")
-
-
-def tool_call(toolbox, name="python", **arguments):
-    return toolbox.call(json.dumps({"name": name, "arguments": arguments}))
-
-
-def tool_search(config, query, **more):
-    return tool_call(Toolbox([], config), "tavily-search", query=query, **more)
-
-
-def zoom(toolbox, box=(0, 0, 99, 99), number=0):
-    return tool_call(toolbox, "image_zoom_in", bbox_2d=list(box), label="x", img_idx=number)
-
-
-def tool_state(pid):
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return "X"
-
-
-def tool_wait(seconds, left):
-    """Returns what is left after at most so many seconds."""
-    deadline = time.monotonic() + seconds
-    while (rest := left()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return rest
-
-
+# A fixed cache: a list of fonts is built once per machine and not once per run.
+CONFIG = ToolConfig(tool_cache=f"{tempfile.gettempdir()}/axpo-test-cache-{os.getuid()}")
 # fmt: off
 # Each does one thing to itself, to a session of another rollout or to the trainer's files, and raises if it may not.
 # Before it stand the locks without which it may, so that the test can fail: none where this is unsafe, or not to be had.
@@ -945,14 +898,54 @@ ODDITIES = {
         "import os\nf = []\nfor i in range(10): f.append(open('x', 'wb')); f[-1].write(bytes(6 * 10**7)); os.remove('x')"],
     "File name too long": ["import os\nfor i in range(20): os.mkdir('d' * 250); os.chdir('d' * 250)"],
 }
+TRAINER = """
+import json, os, sys, threading, time, tools
+call = lambda t, code: t.call(json.dumps({"name": "python", "arguments": {"code": code}}))
+toolboxes = [tools.Toolbox([], tools.ToolConfig(tool_cache=sys.argv[1])) for _ in range(4)]
+for toolbox in toolboxes: call(toolbox, "open('x', 'w')")
+threading.Thread(target=call, args=(toolboxes[0], "while True: pass"), daemon=True).start()
+if os.fork() == 0:  # like a data loader's worker, it holds every descriptor of the trainer and outlives it
+    os._exit(time.sleep(6) or 0)
+print(json.dumps([tools._zygote.base, tools._zygote.process.pid] + [t._session.pid for t in toolboxes]), flush=True)
+time.sleep(30)
+"""
+HITS = b"""{"results": [{"title": "T", "url": "https://t.org", "content": "key tvly-hunter2"},
+                       {"title": "L", "url": "https://huggingface.co/x", "content": "leak"}]}"""
+ANSWER = "1. T\nhttps://t.org\nkey ***"
 # fmt: on
 
 
-def test_sandbox_holds_against_every_attack_and_each_works_without_its_locks(tool_config, tmp_path, monkeypatch):
+def tool_call(toolbox, name="python", **arguments):
+    return toolbox.call(json.dumps({"name": name, "arguments": arguments}))
+
+
+def tool_search(config, query, **more):
+    return tool_call(Toolbox([], config), "tavily-search", query=query, **more)
+
+
+def zoom(toolbox, box=(0, 0, 99, 99), number=0):
+    return tool_call(toolbox, "image_zoom_in", bbox_2d=list(box), label="x", img_idx=number)
+
+
+def tool_state(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "X"
+
+
+def tool_wait(seconds, left):
+    """Returns what is left after at most so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (rest := left()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return rest
+
+
+def test_sandbox_holds_against_every_attack_and_each_works_without_its_locks(tmp_path, monkeypatch):
     def escapes(code, locks):
         monkeypatch.setattr(tools, "LOCKS", [lock for lock in every if lock not in locks.split()])
         code = re.sub(rf"\b({'|'.join(victims)})\b", lambda word: str(victims[word[0]]), code)
-        with Toolbox([], tool_config) as toolbox:
+        with Toolbox([], CONFIG) as toolbox:
             return "ESCAPED" in tool_call(toolbox, code=f"{PRELUDE}{code}\nprint('ESCAPED')").text
 
     (tmp_path / "secret").write_text("hunter2" * 100)
@@ -960,7 +953,7 @@ def test_sandbox_holds_against_every_attack_and_each_works_without_its_locks(too
     monkeypatch.setenv("AXPO_SECRET", "hunter2")
     monkeypatch.setattr(tools, "_zygote", tools._Zygote())  # the one that runs may be older than the variable
     every, attacks = list(tools.LOCKS), [(code, locks) for locks, codes in ATTACKS.items() for code in codes]
-    with Toolbox([], tool_config) as other:
+    with Toolbox([], CONFIG) as other:
         tool_call(other, code="open('mine', 'w').write('hunter2')")
         cores = int(resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)  # at 0, a program may take dumps by a pipe
         victims = {"OTHER": other._session.folder, "VICTIM": other._session.pid, "TRAINER": os.getpid(), "CORES": cores}
@@ -973,14 +966,14 @@ def test_sandbox_holds_against_every_attack_and_each_works_without_its_locks(too
         assert [code for code, locks in ours if not escapes(code, locks)] == []
 
 
-def test_tool_oddities_are_observations(tool_config, monkeypatch):
+def test_tool_oddities_are_observations(monkeypatch):
     def wrong(case):
         expected, code = case
         most = 1 if "1 s" in expected else 60
-        with Toolbox([], replace(tool_config, python_memory_mb=768, python_max_timeout=most)) as toolbox:
+        with Toolbox([], replace(CONFIG, python_memory_mb=768, python_max_timeout=most)) as toolbox:
             tool_call(toolbox, code="kept = 1")
             seen = tool_call(toolbox, code=code, timeout=1e9)
-            fine = expected in seen.text and len(seen.text) <= tool_config.observation_chars and len(seen.images) <= 4
+            fine = expected in seen.text and len(seen.text) <= CONFIG.observation_chars and len(seen.images) <= 4
             after = tool_call(toolbox, code="print('kept' in globals())").text
         return None if fine and after == str("lost" not in seen.text) else (code, seen.text[-300:], after)
 
@@ -990,8 +983,8 @@ def test_tool_oddities_are_observations(tool_config, monkeypatch):
         assert list(filter(None, pool.map(wrong, cases))) == []
 
 
-def test_tool_state_images_and_figures_of_a_rollout(tool_config):
-    with Toolbox([encoded(Image.new("RGB", (40, 30), "red")), Image.new("L", (50, 60))], tool_config) as toolbox:
+def test_tool_state_images_and_figures_of_a_rollout():
+    with Toolbox([encoded(Image.new("RGB", (40, 30), "red")), Image.new("L", (50, 60))], CONFIG) as toolbox:
         assert toolbox._session is None
         assert [tool_call(toolbox, code=code).text for code in ("x = 6", "x * 7")] == ["(no output)", "42"]
         code = "[i.size for i in _pil_images], [open(p, 'rb').read(2) for p in _images]"
@@ -1006,25 +999,22 @@ def test_tool_state_images_and_figures_of_a_rollout(tool_config):
         assert tool_call(toolbox, code="_pil_images[0]").images[0].getpixel((5, 5)) == (255, 0, 0)
 
 
-def test_sandbox_allows_files_of_its_own_and_has_its_own_chance(tool_config):
+def test_sandbox_allows_files_and_chance_of_its_own_and_leaves_none_after_close_however_deep_and_closed():
     code = """import fcntl, numpy, os, random, shutil, sqlite3, tempfile
 f = tempfile.NamedTemporaryFile('w'); f.write('hi'); f.flush()
 os.makedirs('a/b'); shutil.copy2(f.name, 'a/b/c'); os.rename('a/b/c', 'd'); shutil.rmtree('a')
 m = numpy.memmap('m', mode='w+', shape=9); m[3] = 1; m.flush()
 f = sqlite3.connect('db'); f.execute('CREATE TABLE t (x)'); f.execute('BEGIN EXCLUSIVE'); fcntl.flock(open('d'), 2)
 print(open('d').read(), sum(m), random.random(), numpy.random.rand())"""
-    with Toolbox([], tool_config) as one, Toolbox([], tool_config) as two:
+    with Toolbox([], CONFIG) as one, Toolbox([], CONFIG) as two:
         seen = [tool_call(toolbox, code=code).text.split() for toolbox in (one, two)]
         assert seen[0][:2] == seen[1][:2] == ["hi", "1"] and not set(seen[0][2:]) & set(seen[1][2:])
         with open(f"{one._session.folder}/work/db", "rb+") as file:  # its locks are pretended: they take memory
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_sandbox_leaves_nothing_after_close_however_deep_and_closed(tool_config):
+            os.lockf(file.fileno(), os.F_TLOCK, 0)
     nested = "import os\nfor _ in range(900):\n  os.mkdir('d' * 9); os.chdir('d' * 9)"
     closed = "import os; os.mkdir('closed', 0); os.symlink('/', 'l'); os.mkdir('d'); open('d/x', 'w')"
     for code in (nested, closed):
-        with Toolbox([], tool_config) as toolbox:
+        with Toolbox([], CONFIG) as toolbox:
             tool_call(toolbox, code="1")
             session, seen = toolbox._session, tool_call(toolbox, code=code)
             assert code == nested or not os.getuid() or "died (Permission denied)" in seen.text
@@ -1032,9 +1022,9 @@ def test_sandbox_leaves_nothing_after_close_however_deep_and_closed(tool_config)
         assert not os.path.exists(session.folder) and tool_state(session.pid) in "ZX"
 
 
-def test_tool_python_stands_still_between_calls_and_when_it_is_looked_at(tool_config, monkeypatch):
+def test_tool_python_stands_still_between_calls_and_when_it_is_looked_at(monkeypatch):
     states = []
-    with Toolbox([], tool_config) as toolbox:
+    with Toolbox([], CONFIG) as toolbox:
         with monkeypatch.context() as patch:
             patch.setattr(tools._Session, "_check", lambda it: states.append(time.sleep(0.1) or tool_state(it.pid)))
             tool_call(toolbox, code="while True: pass", timeout=1)
@@ -1045,9 +1035,9 @@ def test_tool_python_stands_still_between_calls_and_when_it_is_looked_at(tool_co
         assert after == before and " T " in before
 
 
-def test_sandbox_survives_a_fork_that_fails_and_the_death_of_its_zygote(tool_config):
+def test_sandbox_survives_a_fork_that_fails_and_the_death_of_its_zygote():
     for limit in (resource.RLIMIT_NOFILE, *[resource.RLIMIT_NPROC][: os.getuid()]):  # root may fork as it likes
-        with Toolbox([], tool_config) as one, Toolbox([], tool_config) as two:
+        with Toolbox([], CONFIG) as one, Toolbox([], CONFIG) as two:
             tool_call(one, code="x = 6")
             zygote, base = tools._zygote.process, tools._zygote.base
             soft, hard = resource.prlimit(zygote.pid, limit)
@@ -1063,23 +1053,10 @@ def test_sandbox_survives_a_fork_that_fails_and_the_death_of_its_zygote(tool_con
             assert tool_call(one, code="6 * 7").text == "42" and not os.path.exists(base)
 
 
-TRAINER = """
-import json, os, sys, threading, time, tools
-call = lambda t, code: t.call(json.dumps({"name": "python", "arguments": {"code": code}}))
-toolboxes = [tools.Toolbox([], tools.ToolConfig(tool_cache=sys.argv[1])) for _ in range(4)]
-for toolbox in toolboxes: call(toolbox, "open('x', 'w')")
-threading.Thread(target=call, args=(toolboxes[0], "while True: pass"), daemon=True).start()
-if os.fork() == 0:  # like a data loader's worker, it holds every descriptor of the trainer and outlives it
-    os._exit(time.sleep(6) or 0)
-print(json.dumps([tools._zygote.base, tools._zygote.process.pid] + [t._session.pid for t in toolboxes]), flush=True)
-time.sleep(30)
-"""
-
-
-def test_sandbox_leaves_nothing_two_seconds_after_the_trainer_was_killed_or_ended_early(tool_config, tmp_path):
+def test_sandbox_leaves_nothing_two_seconds_after_the_trainer_was_killed_or_ended_early(tmp_path):
     def left(number):
-        command, folder = [sys.executable, "-c", TRAINER, tool_config.tool_cache], Path(tools.__file__).parent
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder) as trainer:
+        command = [sys.executable, "-c", TRAINER, CONFIG.tool_cache]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=HERE) as trainer:
             base, *pids = json.loads(trainer.stdout.readline())
             assert not any(tool_state(pid) in "ZX" for pid in pids) and os.path.exists(base)
             trainer.send_signal(number)
@@ -1088,14 +1065,14 @@ def test_sandbox_leaves_nothing_two_seconds_after_the_trainer_was_killed_or_ende
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(left, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])) == [[], [], []]
-    code = f"import tools; tools._zygote._start(tools.ToolConfig(tool_cache={tool_config.tool_cache!r}))"
+    code = f"import tools; tools._zygote._start(tools.ToolConfig(tool_cache={CONFIG.tool_cache!r}))"
     environment = os.environ | {"TMPDIR": str(tmp_path)}  # this one ends before its zygote is ready
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(tools.__file__).parent, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE, env=environment)
     assert tool_wait(10, lambda: os.listdir(tmp_path)) == []
 
 
-def test_tool_python_keeps_64_sessions_apart_and_no_deadline_measures_the_queue(tool_config):
-    toolboxes = [Toolbox([], tool_config) for _ in range(64)]
+def test_tool_python_keeps_64_sessions_apart_and_no_deadline_measures_the_queue():
+    toolboxes = [Toolbox([], CONFIG) for _ in range(64)]
 
     def rollout(number):
         codes = [f"x = {number}; x", *["x += 1; x"] * 4, "import time; time.sleep(0.1)"]
@@ -1107,24 +1084,24 @@ def test_tool_python_keeps_64_sessions_apart_and_no_deadline_measures_the_queue(
     assert seen == [[*(str(n + i) for i in range(5)), "(no output)"] for n in range(64)]
 
 
-def test_sandbox_start_says_what_runs_and_stops_where_nothing_holds(tool_config, monkeypatch):
+def test_sandbox_start_says_what_runs_and_stops_where_nothing_holds(monkeypatch):
     monkeypatch.delenv("TAVILY_API_KEY", raising=False)
-    assert tools.start(tool_config) == "python: sandboxed | search: none"
+    assert tools.start(CONFIG) == "python: sandboxed | search: none"
     for locks, escape in ((["rlimits", "landlock"], "start processes"), (["rlimits", "seccomp"], "read files")):
         monkeypatch.setattr(tools, "LOCKS", locks)
         with pytest.raises(ToolError, match=escape):
-            tools.start(tool_config)
-        unsafe = tools.start(replace(tool_config, unsafe_python=True))
+            tools.start(CONFIG)
+        unsafe = tools.start(replace(CONFIG, unsafe_python=True))
         assert "NOT CONTAINED" in unsafe and escape in unsafe
     monkeypatch.setattr(tools, "LOCKS", ["rlimits", "landlok"])  # a lock that cannot be had
     with pytest.raises(ToolError, match="kernel does not let Python be contained"):
-        tools.start(tool_config)
+        tools.start(CONFIG)
     for unsafe in (False, True):
-        with Toolbox([], replace(tool_config, unsafe_python=unsafe)) as toolbox:
+        with Toolbox([], replace(CONFIG, unsafe_python=unsafe)) as toolbox:
             assert ("it runs" in tool_call(toolbox, code="print('it runs')").text) == unsafe
 
 
-def test_sandbox_keeps_a_checkout_closed_that_is_a_virtual_environment(tool_config, tmp_path, monkeypatch):
+def test_sandbox_keeps_a_checkout_closed_that_is_a_virtual_environment(tmp_path, monkeypatch):
     packages, home = tmp_path / f"lib/python3.{sys.version_info[1]}/site-packages", f"home = {sys.base_prefix}/bin\n"
     packages.mkdir(parents=True)
     (tmp_path / "bin").mkdir()
@@ -1135,16 +1112,16 @@ def test_sandbox_keeps_a_checkout_closed_that_is_a_virtual_environment(tool_conf
     code = f"""import sys, tools; config = tools.ToolConfig(tool_cache=sys.argv[1])
 print(sys.prefix, tools.start(config))
 print(tools._Session(config).run('open("{tmp_path}/runs").read()', 9, [])[0])"""
-    command = [tmp_path / "bin/python", "-c", code, tool_config.tool_cache]
+    command = [tmp_path / "bin/python", "-c", code, CONFIG.tool_cache]
     seen = subprocess.run(command, capture_output=True, check=True, text=True, cwd=tmp_path).stdout
     assert seen.startswith(f"{tmp_path} python: sandboxed") and "Permission denied" in seen and "gold" not in seen
     monkeypatch.chdir(Path(json.__file__).parent)  # where the code may read, as it needs the library
     with pytest.raises(ToolError, match="read the working folder"):
-        tools.start(tool_config)
+        tools.start(CONFIG)
 
 
 # --- calls, zoom and search ------------------------------------------------------------------------------------------
-def test_tool_call_turns_any_text_into_an_observation(tool_config, tmp_path):
+def test_tool_call_turns_any_text_into_an_observation(tmp_path):
     def fuzz():
         name = chance.choice(["python", "image_zoom_in", "tavily-search", "", None, 3, [], {}, "os"])
         keys = ["code", "timeout", "bbox_2d", "label", "img_idx", "query", "max_results", "name"]
@@ -1161,16 +1138,16 @@ def test_tool_call_turns_any_text_into_an_observation(tool_config, tmp_path):
     corpus.write_text('{"title": "x", "text": "x 9"}')
     texts = ["", "{}", "[]", "null", "[" * 10**5, '{"a":' * 10**5, "1" * 10**5, '"\\ud800"', "\0", "NaN"]
     texts += [chance.randbytes(40).decode("latin-1") for _ in range(100)] + [fuzz() for _ in range(1500)]
-    with Toolbox([Image.new("L", (9, 9)), b"no image"], replace(tool_config, search_corpus=str(corpus))) as toolbox:
+    with Toolbox([Image.new("L", (9, 9)), b"no image"], replace(CONFIG, search_corpus=str(corpus))) as toolbox:
         for text in texts:
             seen = toolbox.call(text)
-            assert seen.text.encode() and len(seen.text) <= tool_config.observation_chars
+            assert seen.text.encode() and len(seen.text) <= CONFIG.observation_chars
             assert all(isinstance(image, Image.Image) for image in seen.images)
             del toolbox.images[2:]
 
 
-def test_tool_call_names_what_is_wrong(tool_config):
-    toolbox = Toolbox([Image.new("RGB", (9, 9))], tool_config)
+def test_tool_call_names_what_is_wrong_and_zoom_enlarges_the_right_place_to_what_a_processor_accepts():
+    toolbox = Toolbox([Image.new("RGB", (1000, 500), "blue")], CONFIG)
     for name, arguments, wrong in (
         ("python", {}, "code must"), ("python", {"code": "x" * 10**6}, "code must"), ("python", {"code": "1", "timeout": "x"}, "timeout"), ("os", {}, "no such tool"),
         ("python", {"code": "1", "timeout": True}, "timeout must"), ("image_zoom_in", {"bbox_2d": [9, 5, 5, 9]}, "x1 < x2"), ("image_zoom_in", {"bbox_2d": "x"}, "must be [x1"),
@@ -1178,10 +1155,6 @@ def test_tool_call_names_what_is_wrong(tool_config):
     ):  # fmt: skip
         seen = tool_call(toolbox, name, **arguments)
         assert wrong in seen.text and not seen.ok and not seen.images and toolbox._session is None
-
-
-def test_tool_zoom_crops_the_right_place_and_enlarges_it_to_what_a_processor_accepts(tool_config):
-    toolbox = Toolbox([Image.new("RGB", (1000, 500), "blue")], tool_config)
     toolbox.images[0].paste("red", (500, 250, 600, 300))
     seen = zoom(toolbox, [500, 500, 600, 600])
     assert seen.text == "Image 1: zoomed crop of image 0." and seen.images[0].size == (724, 362)
@@ -1190,11 +1163,11 @@ def test_tool_zoom_crops_the_right_place_and_enlarges_it_to_what_a_processor_acc
     assert zoom(toolbox, [0, 0, 1000, 1000], 1).text == "Image 2: zoomed crop of image 1."
     boxes = [0, 0, 1000, 1000], [999.9, 0, 1000, 1], [0, 500, 1000, 500.1], [-9, -9, 10**9, 9]
     for size, box in itertools.product([(1, 1), (3, 4000), (4000, 3), (5000, 5000)], boxes):
-        (picture,) = zoom(Toolbox([Image.new("L", size)], tool_config), box).images
+        (picture,) = zoom(Toolbox([Image.new("L", size)], CONFIG), box).images
         assert picture.mode == "RGB" and min(picture.size) >= 32 and max(picture.size) <= 1280
 
 
-def test_tool_pictures_are_the_same_everywhere_and_as_a_viewer_shows_them(tool_config):
+def test_tool_pictures_are_the_same_everywhere_and_as_a_viewer_shows_them():
     def row(values, dtype="u1"):
         return Image.fromarray(np.array([values], dtype))
 
@@ -1228,7 +1201,7 @@ def test_tool_pictures_are_the_same_everywhere_and_as_a_viewer_shows_them(tool_c
     code = """from PIL import Image
 read = lambda images: [[i.getpixel((x, 0))[0] for x in range(i.width)] for i in images]
 print([read(_pil_images), read(map(Image.open, _images))])"""
-    with Toolbox(pictures, tool_config) as toolbox:
+    with Toolbox(pictures, CONFIG) as toolbox:
         assert json.loads(tool_call(toolbox, code=code).text) == [list(expected)] * 2
         for number, row in enumerate(expected):
             (picture,) = zoom(toolbox, [0, 0, 1000, 1000], number).images
@@ -1237,23 +1210,21 @@ print([read(_pil_images), read(map(Image.open, _images))])"""
 import matplotlib.pyplot as plt; plt.figure(facecolor='none'); plt.show()"""
         seen = tool_call(toolbox, code=shown)
         assert [greys(image)[0] for image in seen.images] == [255, 255, 128, 255], seen.text
-    with Toolbox(pictures * 9, tool_config) as toolbox:
+    with Toolbox(pictures * 9, CONFIG) as toolbox:
         assert tool_call(toolbox, code="len(_images), _pil_images[170].size").text == "(171, (2, 1))"
 
 
-def test_tool_pictures_that_cannot_be_decoded_are_one_sentence(tool_config, tmp_path):
+def test_tool_pictures_that_cannot_be_decoded_are_one_sentence_lazy_ones_are_shared_and_files_decoded_once(tmp_path):
     whole = encoded(Image.effect_noise((99, 99), 9))
     huge = whole[:16] + (50000).to_bytes(4, "big") * 2 + whole[24:]
     (tmp_path / "half.png").write_bytes(whole[:-999])
     for broken in (b"", b"no image", whole[:40], whole[:-999], huge, tmp_path / "half.png", tmp_path / "absent"):
         with pytest.raises(ValueError, match="^The picture .* cannot be decoded .*[.]$"):
             tools.open_image(broken)
-        with Toolbox([broken], tool_config) as toolbox:
+        with Toolbox([broken], CONFIG) as toolbox:
             assert "cannot be decoded" in zoom(toolbox, [0, 0, 9, 9]).text
             assert "cannot be decoded" in tool_call(toolbox, code="_images").text
 
-
-def test_tool_pictures_that_are_lazy_can_be_shared_and_files_are_decoded_once(tool_config):
     def load_alone():
         assert busy.acquire(blocking=False), "two threads load one image"
         time.sleep(0.01)
@@ -1264,9 +1235,9 @@ def test_tool_pictures_that_are_lazy_can_be_shared_and_files_are_decoded_once(to
     lazy, busy = Image.open(io.BytesIO(files[0])), threading.Lock()
     load, lazy.load = lazy.load, load_alone
     with ThreadPoolExecutor(16) as pool:
-        assert all(seen.ok for seen in pool.map(zoom, [Toolbox([lazy], tool_config) for _ in range(16)]))
+        assert all(seen.ok for seen in pool.map(zoom, [Toolbox([lazy], CONFIG) for _ in range(16)]))
     tools._decoded.cache_clear()
-    assert all(zoom(Toolbox([file], tool_config)).ok for file in files * 3)
+    assert all(zoom(Toolbox([file], CONFIG)).ok for file in files * 3)
     info = tools._decoded.cache_info()
     assert (info.misses, info.hits) == (3, 6) and info.maxsize <= 8
 
@@ -1300,11 +1271,6 @@ def test_tool_local_search_ranks_cuts_excludes_and_names_a_bad_corpus(tmp_path, 
     assert "cannot be indexed" in tool_search(replace(config, search_corpus="nowhere.jsonl"), "x").text
 
 
-HITS = b"""{"results": [{"title": "T", "url": "https://t.org", "content": "key tvly-hunter2"},
-                       {"title": "L", "url": "https://huggingface.co/x", "content": "leak"}]}"""
-ANSWER = "1. T\nhttps://t.org\nkey ***"
-
-
 class Replies(http.server.BaseHTTPRequestHandler):
     """Sends the next of `server.replies`, a status, a body or a way to fail, and after the last `server.usual`."""
 
@@ -1325,8 +1291,6 @@ class Replies(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", f"{self.server.url}/elsewhere")
             self.end_headers()
             self.wfile.write(b"" if isinstance(reply, int) else reply)
-
-    log_message = staticmethod(lambda *_: None)
 
 
 @pytest.fixture
@@ -1395,7 +1359,7 @@ def test_tool_sandbox_holds_for_a_plain_user_too(tmp_path):
             pytest.skip("the plain user cannot read this interpreter")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        for file in Path(tools.__file__).parent.glob("*.py"):  # where they lie, the plain user may not be let in
+        for file in HERE.glob("*.py"):  # where they lie, the plain user may not be let in
             shutil.copy(file, folder)
         command = [*plain, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_sandbox_"]
         command += ["--basetemp", f"{folder}/temp", Path(__file__).name]
@@ -1568,13 +1532,12 @@ def test_wrapping_keeps_a_right_answer_right_and_listing_several_answers_never_p
             assert axpo.grade(problem(gold, kind), response(both)) == 0.0, both
 
 
-def seconds(item, turn):
-    start = time.thread_time()
-    assert axpo.grade(item, turn) in (0.0, 1.0)
-    return time.thread_time() - start
-
-
 def test_no_answer_raises_or_takes_50_ms_and_a_thousand_take_less_than_a_second():
+    def seconds(item, turn):
+        start = time.thread_time()
+        assert axpo.grade(item, turn) in (0.0, 1.0)
+        return time.thread_time() - start
+
     rng = random.Random(0)
     answers = ["".join(rng.choices(PIECES, k=rng.randint(1, 200)))[:300] for _ in range(1000)]
     answers += [(piece * 300)[:300] for piece in [*PIECES, ",0", "½", "1"]]
@@ -1664,9 +1627,11 @@ def assistant(content=None, **more):
 # The table's file and row k of each set, with every column that its card names (scores and web addresses apart).
 TABLES = {
     "mathvision": ("data/testmini-00000-of-00001-f8ff70fcb2f29b1d.parquet", lambda k: {"id": str(k), "question": "Which? <image1>", "image": "images/1.jpg",
-        "options": [["A", "B", "C"], [], ["2", "None", "NA"]][k % 3], "decoded_image": cell(k), "answer": ["B", "4/3", "C"][k % 3], "subject": "algebra"}),
+        "options": [["A", "B", "C"], [], ["2", "None", "NA"], ["<image2>", "<image3>"], [], []][k % 6], "decoded_image": cell(k),
+        "answer": ["B", "4/3", "C", "B", "$\\boxed{7}$", "C"][k % 6], "subject": "algebra"}),
     "dynamath": ("data/sample1-00000-of-00001.parquet", lambda k: {"id": str(k), "question": "Q", "image": "i", "decoded_image": cell(k), "subject": "graph",
-        "ground_truth": ["A", "3.142", "yes"][k % 3], "answer_type": ["multiple choice", "float", "text"][k % 3]}),
+        "answer_type": ["multiple choice", "float", "text", "text", "int", "single answer", "text", "text"][k % 8],  # no rule grades the last gold right,
+        "ground_truth": ["A", "3.142", "yes", "y = -3", "-15.700000000000001", "May", "(4, 3)", "1" * 301][k % 8]}),  # but a benchmark keeps it
     "mathvr": ("data/test-00000-of-00001.parquet", lambda k: {"id": k, "category": "text", "answers": ["x=1", "y=2"],
         "question": "".join(map("<image{}>".format, range(1, (n := 8 if k == 1 else k % 2) + 1))) + "Find x and y.",
         **{f"image{i}": cell(k) if i <= n else None for i in range(1, 9)}}),
@@ -1692,87 +1657,9 @@ TABLES = {
 ENCODED = base64.b64encode(png()).decode()
 BIG = base64.b64encode(png(0, (300, 300))).decode()
 PAIR_OF = {"images": ["one.png", "two.png"]}
-# A row, the question that it asks, and its pictures
-FOUND = [(row, "<image>\nQ", [()]) for row in (
-    {"image": "one.png"}, {"images": "one.png"}, {"image_path": ["one.png"]}, {"image_paths": '["one.png"]'}, {"img": "/ABSOLUTE/one.png"}, {"image": ENCODED},
-    {"image": "elsewhere/one.png"}, {"image": "file:///ABSOLUTE/one.png"}, {"image": f"data:image/png;base64,{ENCODED}"}, {"image": None, "images": ["one.png"]},
-    {"images": [{"bytes": None, "path": "one.png"}]})] + [
-    ({"img": BIG}, "<image>\nQ", [(0, (300, 300))]), ({"question": [{"type": "image", "image": "one.png"}, {"type": "text", "text": "Q"}]}, "<image>Q", [()]),
-    ({"question": "The first is <image>. The second is <image>."} | PAIR_OF, "The first is <image>. The second is <image>.", [(), (2,)]),
-    ({"question": "<image2> or <image 1>?"} | PAIR_OF, "<image> or <image>?", [(2,), ()]), ({"question": "Hue?"} | PAIR_OF, "<image>\n<image>\nHue?", [(), (2,)]),
-    ({"question": "See <|vision_start|><|image_pad|><|vision_end|> here", "images": ["one.png"]}, "See <image> here", [()]),
-    ({"question": "What does <image> mean in <Image1>?"}, "What does [image] mean in [Image1]?", []),
-]
-# A row, and its kind, answer and options
-READ = [
-    ({"problem": "Q", "solution": "\\boxed{\\frac{1}{2}}"}, "math", "\\frac{1}{2}", ""), ({"query": "Q", "ground_truth": "$\\boxed{12}$"}, "math", "12", ""),
-    ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "reward_model": {"ground_truth": "a", "candidate_answers": "[]"}}, "text", "a", ""),
-    ({"question": "Which? (A)one(B) two", "answer": "two"}, "choice", "B", "one two"), ({"question": "In City A. Suppose B. is it", "answer": "12"}, "math", "12", ""),
-    ({"question": "In City A. Hue? choice:(A) A (B) B (C)", "answer": "C"}, "choice", "C", "A B "), ({"question": "Q", "answer": "The 39 Steps"}, "text", "The 39 Steps", ""),
-    ({"question": "Q", "answer": "$$1$$ $$-1$$"}, "math", "$$1$$ $$-1$$", ""), ({"question": "Q", "answer": float("nan"), "gt": 7}, "math", "7", ""),
-    ({"answer": "B", "choices": ["red", "blue"]}, "choice", "B", "red blue"), ({"answer": "Blue", "choices": {"A": "red", "B": "blue"}}, "choice", "B", "red blue"),
-    ({"answer": "B. blue", "options": ["(A) red", "(B) blue"]}, "choice", "B", "red blue"), ({"answer": "b", "options": "['red', 'blue']"}, "choice", "B", "red blue"),
-    ({"answer": "D", "options": ["F", "D", "B", "I"]}, "choice", "D", "F D B I"), ({"answer": "A", "A": "red", "B": "blue", "C": ""}, "choice", "A", "red blue"),
-    ({"answer": "(b)", "options": "A. red\nB. blue", "kind": "text"}, "text", "(b)", "red blue"),
-]
-# A row, and what is said of it
-BAD_ROWS = [
-    ({"question": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}]}, "'assistant' part, which is not"), ({"question": "Q"}, "has no answer"),
-    ({"options": ["red", "blue"], "answer": "green"}, "the answer 'green', which is neither a letter nor an option"), ({"image": "A" * 101}, r"lacks its image \(AAA"),
-    ({"images": ["one.png", "two.png"], "question": "<image>?"}, "has 1 tags such as <image> for 2 pictures"), ({"image": "note.txt"}, "broken picture: .*note.txt"),
-    ({"image": "one.png", "question": "<image> or <image>?"}, "has 2 tags .* for 1 pictures"), ({"image": "gone.png"}, r"lacks its image \(gone.png\) in "),
-    ({"options": ["red", "blue"], "answer": "E"}, "neither a letter nor an option"), ({"options": "red, blue"}, "has the options .*red, blue.*: make them a list"),
-    ({"image": "long.png"}, "sides are 8 and 4000 pixels, .* at most 1 : 200"), ({"image": "half.png"}, "broken picture: .*half.png.* cannot be decoded"),
-    ({"answer": "\\boxed{}", "question": "Q"}, "has no answer"), ({"image": {"bytes": ""}}, r"lacks its image \(embedded\)"), ({"answer": "1"}, "has no question"),
-    ({"question": "Q", "answer": "[]"}, "has no answer"), ({"answer": "10^{324}"}, "no rule can grade right"), ({"image": "empty.png"}, "broken picture"),
-]
-# Set, change of row k or bytes in place of the archive, message
-BROKEN = [
-    ("hrmmsearch", lambda k, row: {"sample_id": k, "query": "Q"}, "lacks answers or answer or ground_truth or .*; it has sample_id, query"),
-    ("hrmmsearch", lambda k, row: row | {"query_image": {"bytes": b"", "path": None}}, r"lacks its image \(embedded\)"),
-    ("virl39k", lambda k, row: row | {"image": ["images/gone.png"]}, r"\(virl39k/q0\) lacks its image \(images/gone"),
-    ("hrmmsearch", lambda k, row: row | {"query_image": None}, r"hrmmsearch: row 0 \(hrmmsearch/0\) has no image"),
-    ("hrbench4k", lambda k, row: row | {"cycle_category": "one"}, "hrbench4k: 800 problems, expected 200"),
-    ("vstar", lambda k, row: row if k else None, "vstar: 190 problems, expected 191"), ("virl39k", b"no archive", "virl39k: an archive in .* is broken"),
-    ("virl39k", lambda k, row: row | {"answer": "1" * 301}, "virl39k: row 0 .* the answer '1+', which no rule can grade right"),
-]
-# A file of one's own, its rows, message
-UNREADABLE = [
-    ("mine.jsonl", ({"question": "Q", "images": []},), "lacks answers or answer or .*; it has question, images"),
-    ("mine.jsonl", (), "lacks question or problem .*, answers or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2"),
-    ("mine.json", (b"",), "lacks question or .*, answers or"), ("mine.json", (b"5",), "has a row 0 that is no object"),
-    ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
-]
 ASKED, SEEN, ANSWERED = {"role": "user", "content": "Q"}, {"role": "tool", "content": "2"}, assistant("<think>\nb\n</think>\n\nB")
 CALL = {"type": "function", "id": "1", "function": {"name": "python", "arguments": '{"code": "print(2)"}'}}
 CALLED = '<tool_call>\n{"name": "python", "arguments": {"code": "print(2)"}}\n</tool_call>'
-ALIKE = [
-    ([assistant("<think>c</think>" + CALLED), {"role": "user", "content": "<tool_response>\n<image>2\n</tool_response>"}, ANSWERED], ["c</think>" + CALLED, "<image>2", "b\n</think>\n\nB"]),
-    ([assistant("Let me.", tool_calls=[CALL["function"] | {"arguments": {"code": "print(2)"}}]), SEEN, ANSWERED], ["\n</think>\n\nLet me.\n" + CALLED, "2", "b\n</think>\n\nB"]),
-    ([assistant(reasoning_content="c", tool_calls=[CALL]), SEEN | {"tool_call_id": "1"}, ANSWERED], ["c\n</think>\n\n" + CALLED, "2", "b\n</think>\n\nB"]),
-    ([assistant("b\n</think>\n\nB", reasoning_content=None, tool_calls=[])], ["b\n</think>\n\nB"]), ([assistant("B", reasoning_content="b\n")], ["b\n</think>\n\nB"]),
-    ([assistant("<think>\nc" + CALLED), SEEN, ANSWERED], ["c" + CALLED, "2", "b\n</think>\n\nB"]), ([assistant("B")], ["\n</think>\n\nB"]),
-    ([assistant([{"type": "text", "text": "B"}], reasoning="b")], ["b\n</think>\n\nB"]), ([assistant("<think>\nb\n</think>\n\nB<|im_end|>\n")], ["b\n</think>\n\nB"]),
-]
-# The content of a user's message that says "This <image>?", and what stands beside the messages
-SHOWN = [
-    ([{"type": "text", "text": "This "}, {"type": "image_url", "image_url": {"url": "one.png"}}, {"type": "text", "text": "?"}], []),
-    ([{"text": "This "}, {"image": f"data:image/png;base64,{ENCODED}"}, {"text": "?"}], []),
-    ([{"type": "image", "image": "one.png"}, {"type": "text", "text": "This <image>?"}], []),
-    ([{"type": "text", "text": "This "}, {"type": "image"}, {"type": "text", "text": "?"}], ["one.png"]), ("This <image>?", [{"bytes": None, "path": "one.png"}]),
-]
-REFUSED = [
-    ([ASKED, assistant(tool_calls=[{"function": {"name": "python", "arguments": "print(2)"}}])], "without a name or an object of arguments"), ([], "lacks 'messages'"),
-    ([{"role": "user", "content": "<image><image>"}, ANSWERED], "has 2 tags such as <image> for 1 pictures"), ([assistant("B")], "of 'assistant' where one of 'user'"),
-    ([ASKED, assistant("B"), ASKED, assistant("B")], "a message of 'user' where one of 'tool' must stand"), ([ASKED, assistant(CALLED + "It is")], "as its last word"),
-    ([ASKED, assistant([{"type": "video", "video": "v.mp4"}])], "'video' part, which is not understood"), ([ASKED, assistant()], "is empty, or only thinks"),
-    ([ASKED, assistant([{"type": "image", "image": "one.png"}, "B"])], "a picture by the assistant"), ([ASKED, assistant(tool_calls=[CALL, CALL])], "one call at most"),
-    ([ASKED, assistant("<think>\nb\n</think>\n\nB", reasoning_content="b")], "must think once"), ([ASKED, assistant(CALLED, tool_calls=[CALL])], "one call at most"),
-    ([ASKED, assistant(function_call=CALL)], "with 'function_call', which is not understood"), ([ASKED, assistant("<think>\nb\n</think>\n<|im_end|>")], "only thinks"),
-    ([ASKED, assistant(tool_calls=[CALL]), SEEN], "must end with a message of 'assistant'"), ([ASKED, assistant([{}])], "None part, which"),
-    ([ASKED, {"role": "critic", "content": "B"}], "of 'critic' where one of 'assistant'"), ([ASKED, assistant("B"), SEEN, ANSWERED], "an answer to no tool call: '2'"),
-    ([ASKED, assistant("B", reasoning_content="b</think>")], "must think once"), ([ASKED, assistant([7])], "7 part, which"),
-]
 LOOSE = {"vstar": "direct_attributes/{}.png", "visualprobe": "data/{}.png", "pyvision": "pyvision_image_rl_data/{}.png"}
 # fmt: on
 
@@ -1811,7 +1698,7 @@ def test_every_set_loads_from_files_of_its_own_schema(hub, name):
     assert len(problems) < 60 or drawn != problems != data.load(name)[:60]  # and no prefix
 
 
-def test_traps_orders_aliases_parts_and_kinds_survive_and_a_mixture_draws_from_every_part(hub, monkeypatch):
+def test_traps_orders_aliases_parts_and_kinds_survive_and_a_mixture_draws_from_every_part(hub, tmp_path, monkeypatch):
     for name in ["fvqa", "mathvr", "dynamath", "mathvision", "mmsearch", "virl39k", "pyvision", "vstar", "hrbench4k"]:
         write_set(hub, name)
     hub("vstar", "direct_attributes/0.json", b'{"options": ["leaks the answer"]}')
@@ -1822,8 +1709,11 @@ def test_traps_orders_aliases_parts_and_kinds_survive_and_a_mixture_draws_from_e
     assert sum(not problem.images for problem in mmsearch) == 300 - 171
     assert [len(problem.images) for problem in parts[:3]] == [0, 8, 0]
     assert axpo.grade(parts[0], response("x=1, y=2")) and not axpo.grade(parts[0], response("x=1"))
-    assert {p.answers[0]: p.kind for p in data.load("dynamath")} == {"A": "choice", "3.142": "math", "yes": "text"}
-    drawn, free, listed = data.load("mathvision")[:3]
+    kinds = {p.answers[0]: p.kind for p in data.load("dynamath")}  # odd golds are decided by their look
+    assert [*kinds.values()] == ["choice", "math", "text", "math", "math", "text", "math", "math"]
+    drawn, free, listed, figure, boxed, bare = data.load("mathvision")[:6]
+    assert (figure.question, figure.options, figure.answers) == ("Which? <image>", ("A", "B"), ("B",))
+    assert (boxed.answers, boxed.kind, bare.answers, bare.kind) == (("7",), "math", ("C",), "choice")
     assert (drawn.kind, drawn.question) == ("choice", "Which? <image>") and (free.kind, free.options) == ("math", ())
     assert listed.options == ("2", "None", "NA") and listed.question == "Which? <image>\nA. 2\nB. None\nC. NA"
     assert {(p.answers[0], p.options) for p in data.load("virl39k")} == {("B", ("one", "two")), ("\\frac{1}{2}", ())}
@@ -1833,6 +1723,8 @@ def test_traps_orders_aliases_parts_and_kinds_survive_and_a_mixture_draws_from_e
     assert problems[0].options == ("None", "NA", "5\t6", "null")
     assert problems[0].question.endswith("where?\nA. None\nB. NA\nC. 5\t6\nD. null")
     assert data._Table("hrbench4k").rows["hrbench4k/4"] == 4  # gigabytes, were its row kept with the picture
+    (problem,) = own(tmp_path, {"question": "Which?", "options": ["<image1>", "<image2>"], "answer": "B"} | PAIR_OF)
+    assert (problem.question, problem.options) == ("Which?\nA. <image>\nB. <image>", ("A", "B"))
     sources = [problem.source for problem in data.load("pyvision, fvqa:7")]
     assert sources.count("pyvision") == 40 and sources.count("fvqa") == 7
     toy = [data.Problem(f"toy/{k}", "Q", (), ("1",), "math") for k in range(1000)]
@@ -1842,16 +1734,19 @@ def test_traps_orders_aliases_parts_and_kinds_survive_and_a_mixture_draws_from_e
 
 
 def test_files_of_one_name_unknown_names_many_bad_rows_and_broken_json_are_one_sentence(tmp_path):
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        folder.mkdir()
-        own_file(folder, {"question": "Q", "answer": "1"})
+    for folder in "ab":
+        write_rows(tmp_path / folder / "mine.jsonl", [{"question": "Q", "answer": "1"}])
     refused("1 problems of .* the id of another, as mine/0", f"{tmp_path}/a/mine.jsonl,{tmp_path}/b/mine.jsonl")
     refused(r"called 'vstat'; known are mathvision, dynamath,.*paper-rl", "vstat")
-    refused("fvqa:many: after the colon belongs a number", "fvqa:many")
     refused("on_bad_row is 'never'; it can be stop or skip", "toy", on_bad_row="never")
     bad = own_file(tmp_path, *[{"question": "Q", "answer": ""}] * 90)
     refused(r"90 of 90 rows .* row 0 .* row 3 \(mine/3\) has no answer; \.\.\.\. Mend", bad)
-    for name, rows, message in UNREADABLE:
+    for name, rows, message in (
+        ("mine.jsonl", ({"question": "Q", "images": []},), "lacks answers or answer or .*; it has question, images"),
+        ("mine.jsonl", (), "lacks question or problem .*, answers or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2"),
+        ("mine.json", (b"",), "lacks question or .*, answers or"), ("mine.json", (b"5",), "has a row 0 that is no object"),
+        ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
+    ):  # fmt: skip
         refused(f"{name} {message}", own_file(tmp_path, *rows, name=name))
 
 
@@ -1875,28 +1770,42 @@ def test_training_rows_but_ones_own_lose_what_evaluation_or_an_earlier_part_has(
     assert problem.id == "fvqa/0" and problem.answers == (row["answer"],)  # two boxes are no answer in a box
 
 
-def test_a_jsonl_of_your_own_needs_a_question_and_an_answer(tmp_path):
-    who = '{"question": "Who\u2028is it?", "images": [], "answer": "Ada"}'  # a line end for others
-    which = {"answer": "blue", "kind": "choice", "options": ["red", "", "blue"], "category": "colour"}
-    several, number = {"answers": ["a", "b"], "kind": "math", "id": "own"}, {"question": "Q", "answer": 3}
-    who, which, several, number = own(tmp_path, who, {"question": "Q"} | which, {"question": "Q"} | several, number)
-    assert (who.kind, who.images, which.kind, which.answers, which.category) == ("text", (), "choice", ("C",), "colour")
-    assert which.options == ("red", "", "blue") and (several.kind, several.answers) == ("math", ("a", "b"))
-    assert several.id.endswith("/own") and (number.kind, number.answers) == ("math", ("3",))
-
-
-@pytest.mark.parametrize("row, kind, answers, options", READ)
+@pytest.mark.parametrize("row, kind, answers, options", [
+    ({"problem": "Q", "solution": "\\boxed{\\frac{1}{2}}"}, "math", "\\frac{1}{2}", ""), ({"query": "Q", "ground_truth": "$\\boxed{12}$"}, "math", "12", ""),
+    ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "reward_model": {"ground_truth": "a", "candidate_answers": "[]"}}, "text", "a", ""),
+    ({"question": "Which? (A)one(B) two", "answer": "two"}, "choice", "B", "one two"), ({"question": "In City A. Suppose B. is it", "answer": "12"}, "math", "12", ""),
+    ({"question": "In City A. Hue? choice:(A) A (B) B (C)", "answer": "C"}, "choice", "C", "A B "), ({"question": "Q", "answer": "The 39 Steps"}, "text", "The 39 Steps", ""),
+    ({"question": "Q", "answer": "$$1$$ $$-1$$"}, "math", "$$1$$ $$-1$$", ""), ({"question": "Q", "answer": float("nan"), "gt": 7}, "math", "7", ""),
+    ({"answer": "B", "choices": ["red", "blue"]}, "choice", "B", "red blue"), ({"answer": "Blue", "choices": {"A": "red", "B": "blue"}}, "choice", "B", "red blue"),
+    ({"answer": "B. blue", "options": ["(A) red", "(B) blue"]}, "choice", "B", "red blue"), ({"answer": "b", "options": "['red', 'blue']"}, "choice", "B", "red blue"),
+    ({"answer": "D", "options": ["F", "D", "B", "I"]}, "choice", "D", "F D B I"), ({"answer": "A", "A": "red", "B": "blue", "C": ""}, "choice", "A", "red blue"),
+    ({"answer": "(b)", "options": "A. red\nB. blue", "kind": "text"}, "text", "(b)", "red blue"), ({"question": "Who\u2028is it?", "answer": "Ada", "images": []}, "text", "Ada", ""),
+    ({"answers": ["a", "b"], "kind": "math", "id": "own"}, "math", ["a", "b"], ""), ({"question": "Q", "answer": 3}, "math", "3", ""),
+    ({"answer": "blue", "kind": "choice", "options": ["red", "", "blue"], "category": "colour"}, "choice", "C", "red  blue"),
+])  # fmt: skip
 def test_columns_options_and_golds_are_understood_as_people_write_them(tmp_path, caplog, row, kind, answers, options):
     bare = {"problem", "query", "prompt", "question"}.isdisjoint(row)
-    (problem,) = own(tmp_path, {"question": "Q"} | row if bare else row)
+    row = {"question": "Q"} | row if bare else row
+    (problem,) = own(tmp_path, json.dumps(row, ensure_ascii=False))  # what elsewhere ends a line doesn't here
+    answers = tuple(answers) if isinstance(answers, list) else (answers,)
     options = tuple(options.split(" ")) if options else ()
     lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)] if bare else []
-    assert (problem.kind, problem.answers, problem.options) == (kind, (answers,), options if kind == "choice" else ())
-    assert problem.question == "\n".join([row.get("question", "Q"), *lines])
+    assert (problem.kind, problem.answers, problem.options) == (kind, answers, options if kind == "choice" else ())
+    assert problem.question == "\n".join([row.get("question", "Q"), *lines]) and not problem.images
+    assert problem.id == f"mine/{row.get('id', 0)}" and problem.category == row.get("category", "")
     assert "not understood" not in caplog.text
 
 
-@pytest.mark.parametrize("row, shown, pictures", FOUND)
+@pytest.mark.parametrize("row, shown, pictures", [(row, "<image>\nQ", [()]) for row in (
+    {"image": "one.png"}, {"images": "one.png"}, {"image_path": ["one.png"]}, {"image_paths": '["one.png"]'}, {"img": "/ABSOLUTE/one.png"}, {"image": ENCODED},
+    {"image": "elsewhere/one.png"}, {"image": "file:///ABSOLUTE/one.png"}, {"image": f"data:image/png;base64,{ENCODED}"}, {"image": None, "images": ["one.png"]},
+    {"images": [{"bytes": None, "path": "one.png"}]})] + [
+    ({"img": BIG}, "<image>\nQ", [(0, (300, 300))]), ({"question": [{"type": "image", "image": "one.png"}, {"type": "text", "text": "Q"}]}, "<image>Q", [()]),
+    ({"question": "The first is <image>. The second is <image>."} | PAIR_OF, "The first is <image>. The second is <image>.", [(), (2,)]),
+    ({"question": "<image2> or <image 1>?"} | PAIR_OF, "<image> or <image>?", [(2,), ()]), ({"question": "Hue?"} | PAIR_OF, "<image>\n<image>\nHue?", [(), (2,)]),
+    ({"question": "See <|vision_start|><|image_pad|><|vision_end|> here", "images": ["one.png"]}, "See <image> here", [()]),
+    ({"question": "What does <image> mean in <Image1>?"}, "What does [image] mean in [Image1]?", []),
+])  # fmt: skip
 def test_a_picture_is_found_whatever_its_column_and_cell_and_stands_where_its_tag_does(tmp_path, row, shown, pictures):
     (problem,) = own(tmp_path, json.dumps({"question": "Q", "gt": "1"} | row).replace("/ABSOLUTE", str(tmp_path)))
     assert problem.question == shown
@@ -1913,23 +1822,16 @@ def test_other_kinds_of_files_hold_the_same_and_what_is_not_read_is_named_once(t
     assert [r.message for r in caplog.records] == [f"{name}: not understood, and not read: picture, level"]
 
 
-def test_options_may_be_pictures_in_their_lines_or_drawn_in_one_and_odd_golds_are_decided_by_their_look(tmp_path, hub):
-    row = {"question": "Which?", "options": ["<image1>", "<image2>"], "answer": "B", "images": ["one.png", "two.png"]}
-    (problem,) = own(tmp_path, row)
-    assert (problem.question, problem.options) == ("Which?\nA. <image>\nB. <image>", ("A", "B"))
-    quirks = [{"options": ["<image2>", "<image3>"]}, {"answer": "$\\boxed{7}$"}, {"answer": "C", "options": []}]
-    write_set(hub, "mathvision", lambda k, row: row | (quirks[k] if k < 3 else {}))
-    looks = [("y = -3", "text"), ("-15.700000000000001", "int"), ("May", "single answer"), ("(4, 3)", "text")]
-    looks += [("1" * 301, "text")]  # which no rule grades right, but a benchmark keeps
-    looks = [{"ground_truth": gold, "answer_type": type} for gold, type in looks]
-    write_set(hub, "dynamath", lambda k, row: row | (looks[k] if k < 5 else {}))
-    assert [p.kind for p in data.load("dynamath")[:5]] == ["math", "math", "text", "math", "math"]
-    drawn, boxed, bare = data.load("mathvision")[:3]
-    assert (drawn.question, drawn.options, drawn.answers) == ("Which? <image>", ("A", "B"), ("B",))
-    assert (boxed.answers, boxed.kind, bare.answers, bare.kind) == (("7",), "math", ("C",), "choice")
-
-
-@pytest.mark.parametrize(("row", "said"), BAD_ROWS)
+@pytest.mark.parametrize("row, said", [
+    ({"question": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}]}, "'assistant' part, which is not"), ({"question": "Q"}, "has no answer"),
+    ({"options": ["red", "blue"], "answer": "green"}, "the answer 'green', which is neither a letter nor an option"), ({"image": "A" * 101}, r"lacks its image \(AAA"),
+    ({"images": ["one.png", "two.png"], "question": "<image>?"}, "has 1 tags such as <image> for 2 pictures"), ({"image": "note.txt"}, "broken picture: .*note.txt"),
+    ({"image": "one.png", "question": "<image> or <image>?"}, "has 2 tags .* for 1 pictures"), ({"image": "gone.png"}, r"lacks its image \(gone.png\) in "),
+    ({"options": ["red", "blue"], "answer": "E"}, "neither a letter nor an option"), ({"options": "red, blue"}, "has the options .*red, blue.*: make them a list"),
+    ({"image": "long.png"}, "sides are 8 and 4000 pixels, .* at most 1 : 200"), ({"image": "half.png"}, "broken picture: .*half.png.* cannot be decoded"),
+    ({"answer": "\\boxed{}", "question": "Q"}, "has no answer"), ({"image": {"bytes": ""}}, r"lacks its image \(embedded\)"), ({"answer": "1"}, "has no question"),
+    ({"question": "Q", "answer": "[]"}, "has no answer"), ({"answer": "10^{324}"}, "no rule can grade right"), ({"image": "empty.png"}, "broken picture"),
+])  # fmt: skip
 def test_a_bad_row_stops_the_load_by_its_name_or_is_left_out_on_demand(tmp_path, caplog, monkeypatch, row, said):
     monkeypatch.setattr(data, "answerable", lambda problem: problem.answers[0] != "10^{324}")
     files = {"half.png": png(1, (300, 300))[:-200], "long.png": png(1, (4000, 8)), "empty.png": b"", "note.txt": b"no"}
@@ -1958,27 +1860,39 @@ def test_pictures_are_decoded_once_and_again_only_if_they_changed(tmp_path, monk
 
 def test_an_absent_or_refusing_hub_is_one_sentence(hub, monkeypatch):
     refused("test_questions.jsonl of craigwu/vstar_bench is not in the cache .* `hf down", "vstar")
-    for raised, message in {
-        "GatedRepoError": "datasets/craigwu/vstar_bench is gated; accept its terms there and log in",
-        "RepositoryNotFoundError": "vstar: craigwu/vstar_bench could not be fetched: refused",
-    }.items():
-        answer = SimpleNamespace(status_code=403, headers={}, request=None)
-        error = getattr(huggingface_hub.errors, raised)("refused", response=answer)
-        monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
+    answer, errors = SimpleNamespace(status_code=403, headers={}, request=None), huggingface_hub.errors
+    for kind, message in (
+        (errors.GatedRepoError, "datasets/craigwu/vstar_bench is gated; accept its terms there and log in"),
+        (errors.RepositoryNotFoundError, "vstar: craigwu/vstar_bench could not be fetched: refused"),
+    ):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=kind("refused", response=answer)))
         refused(message, "vstar")
 
 
-@pytest.mark.parametrize(("name", "change", "message"), BROKEN)
+@pytest.mark.parametrize("name, change, message", [
+    ("hrmmsearch", lambda k, row: {"sample_id": k, "query": "Q"}, "lacks answers or answer or ground_truth or .*; it has sample_id, query"),
+    ("hrmmsearch", lambda k, row: row | {"query_image": {"bytes": b"", "path": None}}, r"lacks its image \(embedded\)"),
+    ("virl39k", lambda k, row: row | {"image": ["images/gone.png"]}, r"\(virl39k/q0\) lacks its image \(images/gone"),
+    ("hrmmsearch", lambda k, row: row | {"query_image": None}, r"hrmmsearch: row 0 \(hrmmsearch/0\) has no image"),
+    ("hrbench4k", lambda k, row: row | {"cycle_category": "one"}, "hrbench4k: 800 problems, expected 200"),
+    ("vstar", lambda k, row: row if k else None, "vstar: 190 problems, expected 191"), ("virl39k", b"no archive", "virl39k: an archive in .* is broken"),
+    ("virl39k", lambda k, row: row | {"answer": "1" * 301}, "virl39k: row 0 .* the answer '1+', which no rule can grade right"),
+])  # fmt: skip
 def test_what_is_missing_or_broken_is_named(hub, name, change, message):
+    write_set(hub, name, change if callable(change) else lambda k, row: row)
     if isinstance(change, bytes):
-        write_set(hub, name)
         hub(name, "images.zip", change)
-    else:
-        write_set(hub, name, change)
     refused(message, name)
 
 
-@pytest.mark.parametrize("messages, turns", ALIKE)
+@pytest.mark.parametrize("messages, turns", [
+    ([assistant("<think>c</think>" + CALLED), {"role": "user", "content": "<tool_response>\n<image>2\n</tool_response>"}, ANSWERED], ["c</think>" + CALLED, "<image>2", "b\n</think>\n\nB"]),
+    ([assistant("Let me.", tool_calls=[CALL["function"] | {"arguments": {"code": "print(2)"}}]), SEEN, ANSWERED], ["\n</think>\n\nLet me.\n" + CALLED, "2", "b\n</think>\n\nB"]),
+    ([assistant(reasoning_content="c", tool_calls=[CALL]), SEEN | {"tool_call_id": "1"}, ANSWERED], ["c\n</think>\n\n" + CALLED, "2", "b\n</think>\n\nB"]),
+    ([assistant("b\n</think>\n\nB", reasoning_content=None, tool_calls=[])], ["b\n</think>\n\nB"]), ([assistant("B", reasoning_content="b\n")], ["b\n</think>\n\nB"]),
+    ([assistant("<think>\nc" + CALLED), SEEN, ANSWERED], ["c" + CALLED, "2", "b\n</think>\n\nB"]), ([assistant("B")], ["\n</think>\n\nB"]),
+    ([assistant([{"type": "text", "text": "B"}], reasoning="b")], ["b\n</think>\n\nB"]), ([assistant("<think>\nb\n</think>\n\nB<|im_end|>\n")], ["b\n</think>\n\nB"]),
+])  # fmt: skip
 def test_trajectories_of_qwens_and_openais_form_are_read_alike(tmp_path, messages, turns):
     for system in ([], [{"role": "system", "content": "Be brief."}]):
         problem, read = data.read_trajectory({"id": 7, "messages": [*system, ASKED, *messages]}, tmp_path)
@@ -1986,7 +1900,12 @@ def test_trajectories_of_qwens_and_openais_form_are_read_alike(tmp_path, message
         assert [turn if isinstance(turn, str) else turn.text for turn in read] == turns
 
 
-@pytest.mark.parametrize("content, beside", SHOWN)
+@pytest.mark.parametrize("content, beside", [
+    ([{"type": "text", "text": "This "}, {"type": "image_url", "image_url": {"url": "one.png"}}, {"type": "text", "text": "?"}], []),
+    ([{"text": "This "}, {"image": f"data:image/png;base64,{ENCODED}"}, {"text": "?"}], []),
+    ([{"type": "image", "image": "one.png"}, {"type": "text", "text": "This <image>?"}], []),
+    ([{"type": "text", "text": "This "}, {"type": "image"}, {"type": "text", "text": "?"}], ["one.png"]), ("This <image>?", [{"bytes": None, "path": "one.png"}]),
+])  # fmt: skip
 def test_the_pictures_of_a_trajectory_stand_in_its_messages_or_beside_them(tmp_path, content, beside):
     own_file(tmp_path)
     shown = {"role": "tool", "content": [{"type": "image_url", "image_url": f"file://{tmp_path}/two.png"}, "see"]}
@@ -1996,7 +1915,18 @@ def test_the_pictures_of_a_trajectory_stand_in_its_messages_or_beside_them(tmp_p
     assert (seen.text, seen.images) == ("see", [tmp_path / "two.png"])
 
 
-@pytest.mark.parametrize("messages, said", REFUSED)
+@pytest.mark.parametrize("messages, said", [
+    ([ASKED, assistant(tool_calls=[{"function": {"name": "python", "arguments": "print(2)"}}])], "without a name or an object of arguments"), ([], "lacks 'messages'"),
+    ([{"role": "user", "content": "<image><image>"}, ANSWERED], "has 2 tags such as <image> for 1 pictures"), ([assistant("B")], "of 'assistant' where one of 'user'"),
+    ([ASKED, assistant("B"), ASKED, assistant("B")], "a message of 'user' where one of 'tool' must stand"), ([ASKED, assistant(CALLED + "It is")], "as its last word"),
+    ([ASKED, assistant([{"type": "video", "video": "v.mp4"}])], "'video' part, which is not understood"), ([ASKED, assistant()], "is empty, or only thinks"),
+    ([ASKED, assistant([{"type": "image", "image": "one.png"}, "B"])], "a picture by the assistant"), ([ASKED, assistant(tool_calls=[CALL, CALL])], "one call at most"),
+    ([ASKED, assistant("<think>\nb\n</think>\n\nB", reasoning_content="b")], "must think once"), ([ASKED, assistant(CALLED, tool_calls=[CALL])], "one call at most"),
+    ([ASKED, assistant(function_call=CALL)], "with 'function_call', which is not understood"), ([ASKED, assistant("<think>\nb\n</think>\n<|im_end|>")], "only thinks"),
+    ([ASKED, assistant(tool_calls=[CALL]), SEEN], "must end with a message of 'assistant'"), ([ASKED, assistant([{}])], "None part, which"),
+    ([ASKED, {"role": "critic", "content": "B"}], "of 'critic' where one of 'assistant'"), ([ASKED, assistant("B"), SEEN, ANSWERED], "an answer to no tool call: '2'"),
+    ([ASKED, assistant("B", reasoning_content="b</think>")], "must think once"), ([ASKED, assistant([7])], "7 part, which"),
+])  # fmt: skip
 def test_what_would_train_empty_or_doubled_turns_or_lose_content_is_refused(tmp_path, messages, said):
     own_file(tmp_path)
     with pytest.raises(data.DataError, match=said):
@@ -2004,6 +1934,19 @@ def test_what_would_train_empty_or_doubled_turns_or_lose_content_is_refused(tmp_
 
 
 # --- Running commands: in this process, in others, and what they leave -------------------------------------------------
+ZOOM = '{"name": "image_zoom_in", "arguments": {"bbox_2d": [0, 0, 90, 90], "label": "flag"}}'
+OWN = "--threads 1 --data mine.jsonl --warmup_steps 1 --eval_rollouts 2 --eval_presence_penalty 0"
+TAUGHT = "--stage sft --model toy --trajectories hand.jsonl --name hand --sft_steps 50 --sft_batch 8 --sft_lr 3e-3"
+SHARED = f"""{OWN} --eval_data mine.jsonl --trajectories wrong.jsonl --model runs/hand/sft --name shared --save_minutes 0
+    --sft_steps 3 --sft_batch 7 --sft_lr 3e-3 --steps 2 --lr 3e-4 --questions_per_step 3 --rollouts_per_question 4
+    --resamples_per_prefix 2 --resample_ratio 0.5 --max_response_tokens 70 --eval_max_response_tokens 70 --eval_limit 3
+    --micro_batch_tokens 1500 --eval_every 2"""
+PROMISED = """config.json curves.png eval-on-the-way.jsonl eval-rl.jsonl eval-sft.jsonl metrics.jsonl results.json results.md
+    rl rl.step-000002 rollouts sft sft.step-000002"""
+TINY = """--threads 1 --sft_steps 2 --sft_batch 4 --steps 2 --questions_per_step 2 --resample_ratio 0.5 --eval_every 1
+    --max_response_tokens 24 --eval_max_response_tokens 24 --eval_limit 3 --eval_rollouts 2"""
+
+
 def parsed(*words):
     """The configuration that a command line, in some pieces, asks for."""
     return axpo.parse(" ".join(map(str, words)).split())
@@ -2044,7 +1987,7 @@ def member(rank, ranks, port, said, struck, task):
         os.environ.update({name: str(value) for name, value in told.items()})
     if struck:
         where, count, number = struck
-        real, calls = pkgutil.resolve_name(f"axpo.{where}"), itertools.count(1)
+        real, calls = eval(f"axpo.{where}"), itertools.count(1)
 
         def strike(*args, **options):
             found = real(*args, **options)
@@ -2117,15 +2060,6 @@ def gap(folder, other, stage):
     return ((one - two).norm() / one.norm()).item()
 
 
-ZOOM = '{"name": "image_zoom_in", "arguments": {"bbox_2d": [0, 0, 90, 90], "label": "flag"}}'
-OWN = "--threads 1 --data mine.jsonl --warmup_steps 1 --eval_rollouts 2 --eval_presence_penalty 0"
-TAUGHT = "--stage sft --model toy --trajectories hand.jsonl --name hand --sft_steps 50 --sft_batch 8 --sft_lr 3e-3"
-SHARED = f"""{OWN} --eval_data mine.jsonl --trajectories wrong.jsonl --model runs/hand/sft --name shared --save_minutes 0
-    --sft_steps 3 --sft_batch 7 --sft_lr 3e-3 --steps 2 --lr 3e-4 --questions_per_step 3 --rollouts_per_question 4
-    --resamples_per_prefix 2 --resample_ratio 0.5 --max_response_tokens 70 --eval_max_response_tokens 70 --eval_limit 3
-    --micro_batch_tokens 1500 --eval_every 2"""
-
-
 @pytest.fixture(scope="module")
 def own_run(tmp_path_factory):
     """A folder, and for the tests of this module the current one, with mine.jsonl (six problems, of which four have the
@@ -2181,12 +2115,6 @@ def test_toy_wrong_calls_mislead_the_right_one_answers_and_test_questions_are_ne
 
 
 # --- The command line --------------------------------------------------------------------------------------------------
-PROMISED = """config.json curves.png eval-on-the-way.jsonl eval-rl.jsonl eval-sft.jsonl metrics.jsonl results.json results.md
-    rl rl.step-000002 rollouts sft sft.step-000002"""
-TINY = """--threads 1 --sft_steps 2 --sft_batch 4 --steps 2 --questions_per_step 2 --resample_ratio 0.5 --eval_every 1
-    --max_response_tokens 24 --eval_max_response_tokens 24 --eval_limit 3 --eval_rollouts 2"""
-
-
 def test_the_whole_pipeline_runs_in_the_toy_world_and_leaves_everything_it_promises(monkeypatch, tmp_path, policy):
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -2290,19 +2218,17 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_ten_in_a_row_end_the
     policy = axpo.load_policy("toy", cfg)
     optimizer, weight, before = axpo.make_optimizer(policy), policy.model.model.language_model.norm.weight, flat(policy)
 
-    def step(factor):
-        return axpo.optimise(policy, optimizer, [factor], lambda _, factor: factor * weight.sum())
+    def steps(*factors):
+        return [axpo.optimise(policy, optimizer, [x], lambda _, x: x * weight.sum())[1] for x in factors]
 
-    for factor in [math.nan, math.inf] * 4 + [math.nan]:
-        assert not math.isfinite(step(factor)[1])
+    assert not any(map(math.isfinite, steps(*[math.nan, math.inf] * 4, math.nan)))
     assert torch.equal(before, flat(policy))
     assert not any(moment.any() for state in optimizer.state.values() for moment in state.values())
-    step(1.0)
+    steps(1.0)
     assert weight[0] != 1
-    for _ in range(9):
-        step(math.nan)
+    steps(*[math.nan] * 9)
     with pytest.raises(ValueError, match="not finite in ten steps in a row"):
-        step(math.inf)
+        steps(math.inf)
 
 
 def test_importing_has_no_side_effects_and_help_names_every_option_in_groups(tmp_path):
@@ -2319,23 +2245,20 @@ def test_importing_has_no_side_effects_and_help_names_every_option_in_groups(tmp
         assert lines and len(lines[0].split()) > 3, option.name
 
 
-DEFAULTS = {  # of these options: stage, data, eval_data
+@pytest.mark.parametrize("options, defaults", {  # of these options: stage, data, eval_data
     "": "all toy toy-test", "model=x data=toy": "all toy toy-test", "model=x": "rl paper-rl paper-eval",  # the toy alone has a teacher
     "stage=eval data=toy": "eval toy toy-test", "model=x stage=distil": "distil paper-sft paper-eval",
     "model=x stage=eval data=vstar,dynamath": "eval vstar,dynamath vstar,dynamath", "model=x stage=rl data=fvqa:9": "rl fvqa:9 paper-eval",
     "model=x data=mine.jsonl,fvqa:9": "rl mine.jsonl,fvqa:9 ", "model=x data=mine.jsonl eval_data=vstar": "rl mine.jsonl vstar",  # only if asked for
     "model=x stage=eval data=mine.jsonl": "eval mine.jsonl mine.jsonl", "model=x stage=sft trajectories=mine.jsonl": "sft paper-sft ",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("options, defaults", DEFAULTS.items())
+}.items())  # fmt: skip
 def test_data_defaults_follow_model_and_stage(own_run, options, defaults):
     cfg = axpo.completed(axpo.Config(**dict(option.split("=") for option in options.split())))
     assert [cfg.stage, cfg.data, cfg.eval_data] == defaults.split(" ")
 
 
 # --- Bad input: one sentence, never a traceback ------------------------------------------------------------------------
-BAD_INPUT = {
+@pytest.mark.parametrize("arguments, says", {
     "--algo ppo": "invalid choice: 'ppo'", "--no_such_option 1": "no_such_option", "--steps 1.5": "invalid int value",
     "--rollouts_per_question 0": "--rollouts_per_question must be a number of at least 1, not 0",
     "--rollouts_per_question 1": "--rollouts_per_question 1: one alone has no advantage",
@@ -2344,20 +2267,17 @@ BAD_INPUT = {
     "--eval_top_p 0": "--eval_top_p must lie in (0, 1]",
     "--questions_per_step 2 --resample_ratio 0.1": "no prefix would ever be resampled; raise the ratio, or say --algo grpo",
     "--judge_url http://localhost/v1": "--judge_url and --judge_model belong together", "--judge_model x": "--judge_url and --judge_model belong together",
-    "--data nothing": "called 'nothing'; known are mathvision", "--eval_data fvqa:many": "fvqa:many",
+    "--data nothing": "called 'nothing'; known are mathvision", "--eval_data fvqa:many": "fvqa:many: after the colon belongs a number",
     "--stage sft --data toy-test": "--stage sft needs --trajectories FILE", "--trajectories nowhere.jsonl": "there is no file nowhere.jsonl",
     "--output_dir /dev/null/x": "Not a directory", "--keep_unsolved nowhere.jsonl": "there is no file nowhere.jsonl",
     "--model /no/such/folder --data toy": "cannot load --model /no/such/folder",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("arguments, says", BAD_INPUT.items())
+}.items())  # fmt: skip
 def test_bad_input_gets_one_sentence_and_does_not_claim_the_folder(tmp_path, arguments, says):
     said = sentence("--output_dir", tmp_path, "--name", "bad", TINY, arguments)
     assert says in said and len(said) < 400 and not (tmp_path / "bad").exists()
 
 
-def test_a_checkpoint_keeps_dtype_and_foreign_files_and_one_that_cannot_be_trained_is_refused(own_run, cfg, tmp_path):
+def test_a_checkpoint_keeps_values_and_foreign_files_and_one_that_cannot_be_trained_is_refused(own_run, cfg, tmp_path):
     def rewrite(change):
         return lambda f: (f / "config.json").write_text(json.dumps(change(json.loads((f / "config.json").read_text()))))
 
@@ -2370,7 +2290,6 @@ def test_a_checkpoint_keeps_dtype_and_foreign_files_and_one_that_cannot_be_train
     axpo.export(axpo.load_policy(str(tmp_path / "a"), cfg), tmp_path / "b")
     halves, again = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
     assert halves.keys() == again.keys() and all(torch.equal(halves[name], again[name]) for name in halves)
-    assert again.popitem()[1].dtype == torch.bfloat16
     assert (tmp_path / "b/video_preprocessor_config.json").read_text() == "{}"
     linear = {"rope_type": "linear", "factor": 2.0}
     for k, (change, said) in enumerate([
@@ -2475,16 +2394,14 @@ def test_rl_leaves_out_what_the_student_always_and_the_teacher_never_solves(own_
     write_rows(own_run / "all.jsonl", [{"id": f"mine/{k}", "solved": 4, "n": 4} for k in range(6)])
     write_rows(own_run / "none.jsonl", lines[:1])
 
-    def left(dumps):
-        problems, held_out = axpo.load_data(replace(parsed(OWN, "--stage distil"), keep_unsolved=dumps))
-        assert not held_out
-        return [problem.id[-1] for problem in problems]
-
-    assert left("dump.jsonl") == [*"01235"] and left("dump.jsonl, dump.jsonl") == [*"1235"]
+    load = lambda dumps: axpo.load_data(replace(parsed(OWN, "--stage distil"), keep_unsolved=dumps))  # noqa: E731
+    for dumps, left in (("dump.jsonl", [0, 1, 2, 3, 5]), ("dump.jsonl, dump.jsonl", [1, 2, 3, 5])):
+        problems, held_out = load(dumps)
+        assert [problem.id for problem in problems] == [f"mine/{k}" for k in left] and not held_out
     assert "4 of 6 problems are neither always solved nor never" in capsys.readouterr().out
     for dumps in ("all.jsonl", "none.jsonl", "mine.jsonl"):
         with pytest.raises(ValueError, match=f"--keep_unsolved {dumps}: of 6 problems and . lines, no problem is left"):
-            left(dumps)
+            load(dumps)
 
 
 def test_results_are_those_of_the_dump_which_holds_what_was_said(one):
