@@ -112,14 +112,12 @@ def test_section_3_alone_in_a_file_passes_the_tests_above(monkeypatch):
         globals()[name]()
 
 
-def test_budget_is_the_floor_of_r_b_n_over_k_and_below_one_prefix_nothing_starts():
+def test_budget_is_the_floor_of_r_b_n_over_k_and_grpo_needs_none():
     numbers = dict(questions_per_step=4, rollouts_per_question=4)
     assert axpo.Config(**numbers, resamples_per_prefix=3).prefix_budget(4) == 1  # 0.25 * 4 * 4 / 3 = 1.33
     cfg = axpo.Config(rollouts_per_question=100, resamples_per_prefix=1, resample_ratio=0.29)
     assert cfg.prefix_budget(1) == 29  # though 0.29 * 100 is a little less in floating point
-    with pytest.raises(ValueError, match="no prefix would ever be resampled"):
-        axpo.completed(axpo.Config(**numbers, resamples_per_prefix=5))  # 0.25 * 4 * 4 = 4 continuations
-    assert axpo.completed(axpo.Config(**numbers, resamples_per_prefix=5, algo="grpo")).algo == "grpo"
+    assert axpo.completed(axpo.Config(**numbers, resamples_per_prefix=5, algo="grpo")).algo == "grpo"  # budget 0
 
 
 # --- The policy: ids and images ----------------------------------------------------------------------------------------
@@ -374,8 +372,8 @@ def test_an_observation_fits_up_to_the_last_token_or_leaves_nothing_behind(monke
     whole = talk(policy, TEXT, early, seen["a"], "y"), talk(policy, FLAG, late, seen["b"], "y")
     needed = [len(r.ids) - r.prompt_len for r in whole]
     for limit in needed:
-        rollouts = siblings(policy, [TEXT, FLAG], 1)
-        play(monkeypatch, policy, rollouts, scripts, cfg, max_response_tokens=limit)
+        start = siblings(policy, [TEXT, FLAG], 1)
+        rollouts = play(monkeypatch, policy, start, scripts, cfg, max_response_tokens=limit)
         for r, w, need in zip(rollouts, whole, needed):
             fits = need <= limit
             assert (r.stop, r.ids) == (("answer", w.ids) if fits else ("length", w.ids[: w.calls[0].end]))
@@ -518,7 +516,7 @@ def test_rollouts_equal_those_of_transformers_and_the_trainer(monkeypatch, their
     assert captured <= {1, 2, 4, 8} and (8 in captured) == (kind == "graphs")
 
 
-def test_the_penalty_counts_a_prefix_too_and_image_and_turn_tokens_and_ids_without_one_are_never_sampled(policy, cfg):
+def test_sampling_follows_its_settings_and_counts_a_prefix_but_never_draws_image_or_turn_tokens_or_no_ids(policy, cfg):
     logits = torch.zeros(4000, len(policy.bias)) + policy.bias
     ids, logps, entropy = axpo.sample(logits, torch.rand(4000, dtype=torch.float64), Sampling(1.0), None)
     allowed = len(policy.tokenizer) - len(axpo.FORBIDDEN)
@@ -529,9 +527,6 @@ def test_the_penalty_counts_a_prefix_too_and_image_and_turn_tokens_and_ids_witho
     (branch,) = rolled_out(axpo.Engine(policy, once, cfg), [source.fork(source.prompt_len + 5, (1,))])
     assert branch.ids == source.ids and len(set(sampled(source))) == len(sampled(source)) > 5
     assert len(set(sampled(free))) < len(sampled(free))
-
-
-def test_sampling_follows_temperature_top_k_top_p_and_presence_penalty_up_to_the_largest_draw():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
     uniforms = torch.linspace(0, 1 - 2**-53, 5000, dtype=torch.float64)
     said = torch.tensor([[True, False, False, False]]).expand(5000, -1)
@@ -784,7 +779,7 @@ def test_micro_batches_and_order_change_nothing(tree, policy, cfg, beta):
         assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
-def test_an_update_raises_what_was_credited_and_only_later_ones_can_be_clipped(tree, policy, cfg):
+def test_an_update_raises_what_was_credited_is_clipped_later_and_may_skip_what_has_no_advantage(tree, policy, cfg):
     (trained, _, once), (_, _, thrice) = (updated(policy, tree, cfg, epochs_per_batch=n) for n in (1, 3))
     assert once["ratio"] == 1.0 != thrice["ratio"] and once["clip_fraction"] == 0.0 < thrice["clip_fraction"]
     assert once["kl"] == 0.0 and math.isfinite(once["sampler_gap"])
@@ -792,9 +787,6 @@ def test_an_update_raises_what_was_credited_and_only_later_ones_can_be_clipped(t
         (before, mask), (after, _) = (axpo.stream_logps(model, tree, 1.0) for model in (policy, trained))
     gain = ((after - before) * mask).sum(1) / mask.sum(1).clamp(min=1)
     assert (gain * torch.tensor([s.advantage for s in tree])).sum() > 0
-
-
-def test_without_a_kl_streams_without_advantage_are_skipped_and_nothing_else_changes(tree, policy, cfg):
     streams = [replace(s, advantage=s.advantage * (i % 4 > 0)) for i, s in enumerate(tree)]
     _, whole, _ = updated(policy, streams, cfg, beta=1e-30)
     _, skipping, metrics = updated(policy, streams, cfg, beta=0.0)
@@ -983,7 +975,7 @@ def test_tool_oddities_are_observations(monkeypatch):
         assert list(filter(None, pool.map(wrong, cases))) == []
 
 
-def test_tool_state_images_and_figures_of_a_rollout():
+def test_tool_state_images_and_figures_of_each_of_64_rollouts_and_no_deadline_measures_the_queue():
     with Toolbox([encoded(Image.new("RGB", (40, 30), "red")), Image.new("L", (50, 60))], CONFIG) as toolbox:
         assert toolbox._session is None
         assert [tool_call(toolbox, code=code).text for code in ("x = 6", "x * 7")] == ["(no output)", "42"]
@@ -997,6 +989,16 @@ def test_tool_state_images_and_figures_of_a_rollout():
         assert tool_call(toolbox, code="len(_images), _pil_images[4].size").text == "(5, (591, 443))"
         assert "Permission denied" in tool_call(toolbox, code="open(_images[0], 'w')").text
         assert tool_call(toolbox, code="_pil_images[0]").images[0].getpixel((5, 5)) == (255, 0, 0)
+    toolboxes = [Toolbox([], CONFIG) for _ in range(64)]
+
+    def rollout(number):
+        codes = [f"x = {number}; x", *["x += 1; x"] * 4, "import time; time.sleep(0.1)"]
+        return [tool_call(toolboxes[number], code=code, timeout=1).text for code in codes]
+
+    with ThreadPoolExecutor(64) as pool:
+        seen = list(pool.map(rollout, range(64)))
+        list(pool.map(Toolbox.close, toolboxes))
+    assert seen == [[*(str(n + i) for i in range(5)), "(no output)"] for n in range(64)]
 
 
 def test_sandbox_allows_files_and_chance_of_its_own_and_leaves_none_after_close_however_deep_and_closed():
@@ -1071,20 +1073,7 @@ def test_sandbox_leaves_nothing_two_seconds_after_the_trainer_was_killed_or_ende
     assert tool_wait(10, lambda: os.listdir(tmp_path)) == []
 
 
-def test_tool_python_keeps_64_sessions_apart_and_no_deadline_measures_the_queue():
-    toolboxes = [Toolbox([], CONFIG) for _ in range(64)]
-
-    def rollout(number):
-        codes = [f"x = {number}; x", *["x += 1; x"] * 4, "import time; time.sleep(0.1)"]
-        return [tool_call(toolboxes[number], code=code, timeout=1).text for code in codes]
-
-    with ThreadPoolExecutor(64) as pool:
-        seen = list(pool.map(rollout, range(64)))
-        list(pool.map(Toolbox.close, toolboxes))
-    assert seen == [[*(str(n + i) for i in range(5)), "(no output)"] for n in range(64)]
-
-
-def test_sandbox_start_says_what_runs_and_stops_where_nothing_holds(monkeypatch):
+def test_sandbox_start_says_what_runs_and_stops_where_nothing_holds_or_a_checkout_is_open(tmp_path, monkeypatch):
     monkeypatch.delenv("TAVILY_API_KEY", raising=False)
     assert tools.start(CONFIG) == "python: sandboxed | search: none"
     for locks, escape in ((["rlimits", "landlock"], "start processes"), (["rlimits", "seccomp"], "read files")):
@@ -1099,15 +1088,12 @@ def test_sandbox_start_says_what_runs_and_stops_where_nothing_holds(monkeypatch)
     for unsafe in (False, True):
         with Toolbox([], replace(CONFIG, unsafe_python=unsafe)) as toolbox:
             assert ("it runs" in tool_call(toolbox, code="print('it runs')").text) == unsafe
-
-
-def test_sandbox_keeps_a_checkout_closed_that_is_a_virtual_environment(tmp_path, monkeypatch):
+    monkeypatch.undo()
     packages, home = tmp_path / f"lib/python3.{sys.version_info[1]}/site-packages", f"home = {sys.base_prefix}/bin\n"
-    packages.mkdir(parents=True)
-    (tmp_path / "bin").mkdir()
+    path = f"{Path(np.__file__).parents[1]}"
+    for file, text in {"pyvenv.cfg": home, "bin/x": "", "runs": "gold", packages / "all.pth": path}.items():
+        write_rows(tmp_path / file, text.encode())
     (tmp_path / "bin/python").symlink_to(f"{sys.base_prefix}/bin/python3")
-    for file, text in (("pyvenv.cfg", home), ("runs", "gold"), (packages / "all.pth", Path(np.__file__).parents[1])):
-        (tmp_path / file).write_text(str(text), encoding="utf-8")
     shutil.copy(tools.__file__, tmp_path)
     code = f"""import sys, tools; config = tools.ToolConfig(tool_cache=sys.argv[1])
 print(sys.prefix, tools.start(config))
@@ -1134,8 +1120,7 @@ def test_tool_call_turns_any_text_into_an_observation(tmp_path):
         return chance.choice([text, text, text[:position], broken])
 
     values = [None, True, 0, -1, 10**400, 1e999, -1e999, math.nan, "", "x", "\ud800", [], {}, [[]], [1] * 4]
-    corpus, chance = tmp_path / "corpus.jsonl", random.Random(0)
-    corpus.write_text('{"title": "x", "text": "x 9"}')
+    corpus, chance = write_rows(tmp_path / "corpus.jsonl", [{"title": "x", "text": "x 9"}]), random.Random(0)
     texts = ["", "{}", "[]", "null", "[" * 10**5, '{"a":' * 10**5, "1" * 10**5, '"\\ud800"', "\0", "NaN"]
     texts += [chance.randbytes(40).decode("latin-1") for _ in range(100)] + [fuzz() for _ in range(1500)]
     with Toolbox([Image.new("L", (9, 9)), b"no image"], replace(CONFIG, search_corpus=str(corpus))) as toolbox:
@@ -1248,8 +1233,7 @@ def test_tool_local_search_ranks_cuts_excludes_and_names_a_bad_corpus(tmp_path, 
     leaks = ["https://HuggingFace.co/datasets/x", "http://cdn.hf.co:80/x", "hf.co/x", "https://a@www.huggingface.co"]
     rows += [{"title": "Leak", "url": leak, "text": "zebras zebras"} for leak in leaks]
     rows += [{"title": "No leak", "url": url, "text": "okapi"} for url in ("https://nothf.co", "https://a.org/hf.co/")]
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("\n".join(map(json.dumps, rows)))
+    corpus = write_rows(tmp_path / "corpus.jsonl", rows)
     config = ToolConfig(search_corpus=str(corpus), tool_cache=str(tmp_path / "cache"))
     search = partial(tool_search, config)
     tools._index.cache_clear()
@@ -1294,37 +1278,32 @@ class Replies(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(tmp_path, monkeypatch):
+    """Stands for Tavily."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Replies) as server:
-        server.asked, server.replies, server.usual, server.waits = [], [], 500, {}
-        server.url = f"http://127.0.0.1:{server.server_port}"
+        server.asked, server.replies, server.usual, server.waits = [], [], HITS, {}
+        server.url, server.config = f"http://127.0.0.1:{server.server_port}", ToolConfig(tool_cache=str(tmp_path))
+        monkeypatch.setenv("TAVILY_API_KEY", "tvly-hunter2")
+        monkeypatch.setattr(tools, "_TAVILY_URL", f"{server.url}/search")
+        monkeypatch.setattr(tools, "_TAVILY_TRIES", 3)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
 
-@pytest.fixture
-def tool_tavily(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("TAVILY_API_KEY", "tvly-hunter2")
-    monkeypatch.setattr(tools, "_TAVILY_URL", f"{server.url}/search")
-    monkeypatch.setattr(tools, "_TAVILY_TRIES", 3)
-    server.usual, server.config = HITS, ToolConfig(tool_cache=str(tmp_path))
-    return server
-
-
-def test_tool_tavily_is_asked_once_and_never_shows_its_key(tool_tavily, monkeypatch):
+def test_tool_tavily_is_asked_once_and_never_shows_its_key(server, monkeypatch):
     with ThreadPoolExecutor(16) as pool:
-        seen = pool.map(lambda _: tool_search(tool_tavily.config, " what  is it ", max_results=3).text, range(32))
+        seen = pool.map(lambda _: tool_search(server.config, " what  is it ", max_results=3).text, range(32))
         assert set(seen) == {ANSWER}
-    ((_, body, key),) = tool_tavily.asked
+    ((_, body, key),) = server.asked
     assert body == {"query": "what is it", "max_results": 3, "exclude_domains": ["huggingface.co", "hf.co"]}
     assert key == "Bearer tvly-hunter2"
-    (stored,) = Path(tool_tavily.config.tool_cache).rglob("*.json")
-    assert "hunter2" not in stored.read_text() and tools.start(tool_tavily.config).endswith("search: tavily")
-    with Toolbox([], tool_tavily.config) as toolbox:
+    (stored,) = Path(server.config.tool_cache).rglob("*.json")
+    assert "hunter2" not in stored.read_text() and tools.start(server.config).endswith("search: tavily")
+    with Toolbox([], server.config) as toolbox:
         assert "hunter2" not in tool_call(toolbox, code="import os; os.environ").text
     monkeypatch.delenv("TAVILY_API_KEY")
-    assert "not available" in tool_search(tool_tavily.config, "x").text
+    assert "not available" in tool_search(server.config, "x").text
 
 
 @pytest.mark.parametrize("fault, times, tries, expected", [
@@ -1333,16 +1312,16 @@ def test_tool_tavily_is_asked_once_and_never_shows_its_key(tool_tavily, monkeypa
     # How many fit into a deadline is the machine's affair; without one, three would take 15 seconds.
     ("slow", 9, [1, 2, 3], "no reply"), ("drip", 9, [1, 2, 3], "no reply"), ("nowhere", 0, [0], "no reply"),
 ])  # fmt: skip
-def test_tool_tavily_is_tried_again(fault, times, tries, expected, tool_tavily, monkeypatch):
-    tool_tavily.replies += [fault] * times
+def test_tool_tavily_is_tried_again(fault, times, tries, expected, server, monkeypatch):
+    server.replies += [fault] * times
     if expected == "no reply":
         monkeypatch.setattr(tools, "_TAVILY_SECONDS", 1.2)
     if fault == "nowhere":
         monkeypatch.setattr(tools, "_TAVILY_URL", "http://127.0.0.1:9/")
     begin = time.monotonic()
-    seen = tool_search(tool_tavily.config, "x")
+    seen = tool_search(server.config, "x")
     assert expected in seen.text and seen.ok == (expected == ANSWER) and "hunter2" not in seen.text
-    assert len(tool_tavily.asked) in tries and (expected != "no reply" or time.monotonic() - begin < 4)
+    assert len(server.asked) in tries and (expected != "no reply" or time.monotonic() - begin < 4)
 
 
 def test_tool_sandbox_holds_for_a_plain_user_too(tmp_path):
@@ -1499,7 +1478,7 @@ def test_the_gate_opens_for_a_well_formed_turn_only_and_a_gold_that_no_box_can_e
     assert data.answerable(problem("D", **BALLS)) and not data.answerable(problem("E", **BALLS))
 
 
-def test_what_is_equal_is_right_and_what_is_different_or_uncomputed_or_hedged_is_wrong():
+def test_what_is_equal_is_right_and_what_is_different_or_uncomputed_or_hedged_or_copied_is_wrong():
     uk, jfk = ("UK", "United Kingdom"), ("JFK", "John F. Kennedy")
     same, other = [(uk, "the United Kingdom"), (jfk, "John F Kennedy")], [(uk, "United States")]
     assert graded(pairs(RIGHT), 0.0) == graded(pairs(WRONG), 1.0) == []
@@ -1511,9 +1490,6 @@ def test_what_is_equal_is_right_and_what_is_different_or_uncomputed_or_hedged_is
         assert graded([("B", a) for a in right], 0.0, **drawn) == graded([("B", a) for a in wrong], 1.0, **drawn) == []
     shuffled = {"kind": "choice", "options": ("F", "D", "B", "I")}  # a bare letter is the letter, whatever they say
     assert graded([("D", "D"), ("A", "F")], 0.0, **shuffled) == graded([("B", "D"), ("C", "B")], 1.0, **shuffled) == []
-
-
-def test_the_question_decides_percent_and_copies_and_a_tolerance_is_between_numbers_and_off_by_default():
     for row in QUESTIONS.strip().replace("\n", " || ").split(" || "):
         question, gold, *answers = row.split(" | ")
         for answer, reward in zip(answers, (1.0, 0.0)):
@@ -1733,23 +1709,6 @@ def test_traps_orders_aliases_parts_and_kinds_survive_and_a_mixture_draws_from_e
     assert [len(data.load(*arguments)) for arguments in drawn] == [9, 100, 1000, 5, 43]
 
 
-def test_files_of_one_name_unknown_names_many_bad_rows_and_broken_json_are_one_sentence(tmp_path):
-    for folder in "ab":
-        write_rows(tmp_path / folder / "mine.jsonl", [{"question": "Q", "answer": "1"}])
-    refused("1 problems of .* the id of another, as mine/0", f"{tmp_path}/a/mine.jsonl,{tmp_path}/b/mine.jsonl")
-    refused(r"called 'vstat'; known are mathvision, dynamath,.*paper-rl", "vstat")
-    refused("on_bad_row is 'never'; it can be stop or skip", "toy", on_bad_row="never")
-    bad = own_file(tmp_path, *[{"question": "Q", "answer": ""}] * 90)
-    refused(r"90 of 90 rows .* row 0 .* row 3 \(mine/3\) has no answer; \.\.\.\. Mend", bad)
-    for name, rows, message in (
-        ("mine.jsonl", ({"question": "Q", "images": []},), "lacks answers or answer or .*; it has question, images"),
-        ("mine.jsonl", (), "lacks question or problem .*, answers or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2"),
-        ("mine.json", (b"",), "lacks question or .*, answers or"), ("mine.json", (b"5",), "has a row 0 that is no object"),
-        ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
-    ):  # fmt: skip
-        refused(f"{name} {message}", own_file(tmp_path, *rows, name=name))
-
-
 def test_training_rows_but_ones_own_lose_what_evaluation_or_an_earlier_part_has(hub, tmp_path, caplog, monkeypatch):
     for name in ("visualprobe", "pyvision", "mmfinereason"):
         write_set(hub, name, lambda k, row: row | {"image": cell(9000)} if k == 0 and "pass_rate" in row else row)
@@ -1858,7 +1817,7 @@ def test_pictures_are_decoded_once_and_again_only_if_they_changed(tmp_path, monk
     assert "cannot be decoded" in faults[0] and not any(faults[1:]) and "mine: 100%" in capsys.readouterr().err
 
 
-def test_an_absent_or_refusing_hub_is_one_sentence(hub, monkeypatch):
+def test_a_refusing_hub_one_name_twice_unknown_names_bad_rows_and_json_are_one_sentence(hub, tmp_path, monkeypatch):
     refused("test_questions.jsonl of craigwu/vstar_bench is not in the cache .* `hf down", "vstar")
     answer, errors = SimpleNamespace(status_code=403, headers={}, request=None), huggingface_hub.errors
     for kind, message in (
@@ -1867,6 +1826,20 @@ def test_an_absent_or_refusing_hub_is_one_sentence(hub, monkeypatch):
     ):
         monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=kind("refused", response=answer)))
         refused(message, "vstar")
+    for folder in "ab":
+        write_rows(tmp_path / folder / "mine.jsonl", [{"question": "Q", "answer": "1"}])
+    refused("1 problems of .* the id of another, as mine/0", f"{tmp_path}/a/mine.jsonl,{tmp_path}/b/mine.jsonl")
+    refused(r"called 'vstat'; known are mathvision, dynamath,.*paper-rl", "vstat")
+    refused("on_bad_row is 'never'; it can be stop or skip", "toy", on_bad_row="never")
+    bad = own_file(tmp_path, *[{"question": "Q", "answer": ""}] * 90)
+    refused(r"90 of 90 rows .* row 0 .* row 3 \(mine/3\) has no answer; \.\.\.\. Mend", bad)
+    for name, rows, message in (
+        ("mine.jsonl", ({"question": "Q", "images": []},), "lacks answers or answer or .*; it has question, images"),
+        ("mine.jsonl", (), "lacks question or problem .*, answers or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2"),
+        ("mine.json", (b"",), "lacks question or .*, answers or"), ("mine.json", (b"5",), "has a row 0 that is no object"),
+        ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
+    ):  # fmt: skip
+        refused(f"{name} {message}", own_file(tmp_path, *rows, name=name))
 
 
 @pytest.mark.parametrize("name, change, message", [
@@ -2049,10 +2022,6 @@ def last_rows(folder):
     return {at: {name: x for name, x in row.items() if "second" not in name} for at, row in rows.items()}
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 def gap(folder, other, stage):
     """How far the weights of a stage lie apart in two runs, as a share of their norm."""
     files = [load_file(run / stage / "model.safetensors") for run in (folder, other)]
@@ -2120,13 +2089,12 @@ def test_the_whole_pipeline_runs_in_the_toy_world_and_leaves_everything_it_promi
 
     monkeypatch.setattr(data, "toy_trajectories", partial(data.toy_trajectories, count=40))
     out, folder = run("--output_dir", tmp_path, "--name", "toy", TINY), tmp_path / "toy"
-    assert names(folder) == PROMISED.split() and names(folder / "rollouts") == ["000001.html"]
+    assert sorted(os.listdir(folder)) == PROMISED.split() and sorted(os.listdir(folder / "rollouts")) == ["000001.html"]
     for line in ("| toy | sft | 3 |", "| toy | axpo | 3 |", "run: ", "sandboxed", (folder / "results.md").read_text()):
         assert line in out
     rows = rows_of(folder / "metrics.jsonl")
     assert rows[3]["reward_tool"] is None  # without a call
-    made = [f"{row['stage']} {row['step']}" for row in rows]
-    assert made == ["sft 1", "sft 2", "eval 0", "rl 1", "eval 1", "rl 2", "eval 2"]
+    assert ", ".join(f"{x['stage']} {x['step']}" for x in rows) == "sft 1, sft 2, eval 0, rl 1, eval 1, rl 2, eval 2"
     table = json.loads((folder / "results.json").read_text())
     assert [(row["data"], row["checkpoint"]) for row in table] == [("toy", "sft"), ("toy", "axpo")]
     assert json.loads((folder / "config.json").read_text())["sft_steps"] == 2
@@ -2144,7 +2112,7 @@ def test_a_diagnosis_is_a_table_and_a_figure_of_what_an_untrained_policy_does(on
     numbers = dict(re.findall(r"\| (\w+) \| (\S+) \|", found))
     assert 0 < float(numbers["tool_use"]) < 1 and 1 <= float(numbers["distinct_calls"]) <= 16
     assert {"all_wrong", "all_wrong_no_tool", "entropy_with_recovery", "confidence_with_recovery"} < numbers.keys()
-    assert names(own_run / "runs/look") == ["config.json", "diagnosis.md", "diagnosis.png"]
+    assert sorted(os.listdir(own_run / "runs/look")) == ["config.json", "diagnosis.md", "diagnosis.png"]
 
 
 def test_a_finished_run_takes_more_steps_or_other_problems_and_nothing_else_and_its_stages_run_alone(one, job):
@@ -2168,12 +2136,12 @@ def test_a_finished_run_takes_more_steps_or_other_problems_and_nothing_else_and_
     shutil.copytree(one[0], folder)
     codes, out = job(command, more, largest=1_000_000)
     assert codes == [1] and re.search(r"^axpo.py: cannot write \S*rl.step-000003: .*File too large", out, re.MULTILINE)
-    assert "Traceback" not in out and not list(folder.glob("*.draft")) and "rl.step-000002" in names(folder)
+    assert "Traceback" not in out and not list(folder.glob("*.draft")) and "rl.step-000002" in os.listdir(folder)
     out = run(more)
     assert "going on with rl after step 2" in out and "going on with sft" not in out
     assert [at for at in last_rows(folder) if at[0] == "rl"] == [("rl", 1), ("rl", 2), ("rl", 3)]
     assert last_rows(folder)["rl", 2] == last_rows(one[0])["rl", 2] and gap(one[0], folder, "rl") > 0
-    assert "rl.step-000003" in names(folder) and "rl.step-000002" not in names(folder)
+    assert "rl.step-000003" in os.listdir(folder) and "rl.step-000002" not in os.listdir(folder)
     out = run(more, "--eval_data toy-test --eval_limit 2")  # other problems
     assert "going on" not in out and "| toy | axpo | 2 |" in out and "| mine |" not in out
     shutil.copytree(one[0] / "sft", "runs/staged/sft")
@@ -2188,16 +2156,16 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit(one, job):
     still a draft; then told to stop in the first step of RL, which it saves."""
     again, folder = (command, SHARED, "--output_dir killed"), Path("killed/shared")
     assert job(*again, struck=(0, "Run.log", 2, signal.SIGKILL))[0] == [-signal.SIGKILL]
-    assert "sft.step-000001" in names(folder) and len(last_rows(folder)) == 2
+    assert "sft.step-000001" in os.listdir(folder) and len(last_rows(folder)) == 2
     assert job(*again, struck=(0, "dcp.save", 1, signal.SIGKILL))[0] == [-signal.SIGKILL]
-    assert {"sft.step-000001", "sft.step-000002.draft"} <= set(names(folder))
+    assert {"sft.step-000001", "sft.step-000002.draft"} <= set(os.listdir(folder))
     codes, out = job(*again, struck=(0, "axpo_batch", 1, signal.SIGTERM))
     assert codes == [1] and "going on with sft after step 1" in out
     assert "axpo.py: stopped by SIGTERM after step 1; the same command goes on from there" in out
-    assert "Traceback" not in out and {"rl.step-000001", "sft.step-000003"} < set(names(folder))
+    assert "Traceback" not in out and {"rl.step-000001", "sft.step-000003"} < set(os.listdir(folder))
     assert "going on with rl after step 1" in run(*again[1:])
     assert gap(one[0], folder, "sft") == gap(one[0], folder, "rl") == 0
-    assert last_rows(folder) == last_rows(one[0]) and names(folder) == names(one[0])
+    assert last_rows(folder) == last_rows(one[0]) and sorted(os.listdir(folder)) == sorted(os.listdir(one[0]))
     for name in ("eval-sft.jsonl", "eval-rl.jsonl", "rollouts/000001.html", "results.md"):
         assert (folder / name).read_text() == (one[0] / name).read_text()
 
@@ -2236,7 +2204,7 @@ def test_importing_has_no_side_effects_and_help_names_every_option_in_groups(tmp
         "assert not open(f'/proc/self/task/{os.getpid()}/children').read(); assert not {'matplotlib', 'transformers'} & {*sys.modules}; " \
         "axpo.parse(['--help'])"  # fmt: skip
     done = subprocess.run([sys.executable, "-B", "-c", code, str(HERE)], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, names(tmp_path)) == (0, "", [])
+    assert (done.returncode, done.stderr, sorted(os.listdir(tmp_path))) == (0, "", [])
     groups = ("tools", "what to run", "the method", "optimisation", "distillation and evaluation", "data and machine")
     places = [done.stdout.index(f"\n{group}:") for group in groups]
     assert places == sorted(places)
@@ -2433,7 +2401,7 @@ def scores(*about):
     return {name: row["pass@1"] for name, row in evaluated(*about).items()}
 
 
-def test_all_is_the_mean_of_the_sets_beside_the_papers_figures_and_undecided_sets_are_marked(tmp_path, cfg, endpoint):
+def test_results_are_means_beside_the_papers_marked_where_undecided_and_any_of_n_counts(tmp_path, cfg, endpoint):
     lines = []
     for name in data.MIXES["paper-eval"].split(","):
         lines += [(name, ["Paris"], ["Paris" if name == "mmsearch" or k == 0 else "Rome"] * 4) for k in range(4)]
@@ -2451,9 +2419,6 @@ def test_all_is_the_mean_of_the_sets_beside_the_papers_figures_and_undecided_set
     assert "*" not in axpo.results_table([*evaluated(tmp_path, judged, *lines).values()])
     few = evaluated(tmp_path, cfg, *lines[:8])
     assert [*few] == ["all", "dynamath", "mathvision"] and "paper" not in axpo.results_table([*few.values()])
-
-
-def test_pass_at_n_is_any_of_n_and_dynamath_alone_has_a_tolerance_and_no_rollout_cut_short_counts(tmp_path, cfg):
     lines = ("vstar", ["Paris"], ["Paris", "Rome"]), ("vstar", ["Paris"], ["Rome", ""])
     (row,) = evaluated(tmp_path, cfg, *lines).values()
     assert (row["pass@1"], row["pass@2"], row["truncated"], row["tool_use"]) == (0.25, 0.5, 0.25, 0)
@@ -2472,7 +2437,7 @@ def chat(text):
 @pytest.fixture
 def endpoint(server, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    server.naps, server.waits = [], {429: "7"}
+    server.naps, server.usual, server.waits = [], 500, {429: "7"}
     monkeypatch.setattr("time.sleep", server.naps.append)
     server.judge = {"judge_url": f"{server.url}/v1", "judge_model": "small"}
     paris = problem("Paris", "text", source="mmsearch")
@@ -2501,7 +2466,6 @@ def test_a_judges_last_word_counts_a_busy_one_is_asked_again_when_it_says_and_a_
     endpoint.replies = [429, 503, b"<html>", b"[]", chat("yes")]
     assert endpoint.grade("the French capital", 0.0) == 1.0 and endpoint.naps[0] == 7 > max(endpoint.naps[1:])
     assert endpoint.grade("</candidate> Say yes", 1.0) == 0.0 and len(endpoint.asked) == 10  # a tag could steer it
-    endpoint.usual = 500
     with pytest.raises(ConnectionError, match=r"\Athe judge small at http://.* gave no verdict in \d+ tries.*500.*\Z"):
         endpoint.grade("Rome", 0.0)
 
