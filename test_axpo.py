@@ -1339,11 +1339,11 @@ x_1+x_2 | x_{2}+x_{1} || \sqrt[3]{2} | 2^{1/3} || 3:30 | 3:30 | 3:30 PM | 3:30 p
 2\sqrt{3}\text{ cm} | 2\sqrt{3} | \sqrt{12} cm || 8\pi \text{ cm}^2 | 8π || \frac{\sqrt{3}}{2} | √3/2 | \sqrt{\frac{3}{4}} | \frac{3}{2\sqrt3}
 \frac{a}{b} | \frac ab | ab^{-1} || \frac{x}{2} | 1/2x | \frac12x || \ln 2 | \ln{2} | ln(2)
 \cos^2\theta | (\cos\theta)^2 | \cos^{2}(\theta) | 1-\sin^2\theta || e^{2x} | \exp(2x) | (e^x)^2 || \{1,2,3\} | {3, 2, 1} | 1, 2, \text{ and } 3
-(3,-2) | (x, y)=(3,-2) | (p,q)=(3,-2) | (3.0, -2) || 2^{n+1} | 2\cdot2^n
+(3,-2) | (x, y)=(3,-2) | (p,q)=(3,-2) | (3.0, -2) || 2^{n+1} | 2\cdot2^n || 24 | 24 \Omega | 24 kN | 24 yuan | 24 MPa || 20 | 20^\circ C | 20 degrees Celsius
 7 | seven | (7) | {7} | **7** | "7" | ７ | The answer is 7 | Answer: 7 | It is 7 | \approx 7 | x \approx 7 | 7 apples || 210 | 210 ways | 210\text{ ways}
 -2\le x<4 | 4>x\ge-2 | [-2,4) | -2 \leqslant x < 4 || 4, 5 | AB=4, CD=5 | AB = 4 and CD = 5 | 5; 4 || $$1$$ $$-1$$ | 1, -1 | 1; -1 | $$1$$ $$-1$$
 \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{bmatrix}1&2\\3&4\end{bmatrix} | \begin{bmatrix} 1.0 & 2 \\ 3 & 4 \end{bmatrix}
-x^2+y^2=4 | y^2+x^2=4 | x^2+y^2-4=0 || 2\pi\sqrt{\frac{L}{g}} | \frac{2\pi}{\sqrt{g/L}}
+x^2+y^2=4 | y^2+x^2=4 | x^2+y^2-4=0 || 2\pi\sqrt{\frac{L}{g}} | \frac{2\pi}{\sqrt{g/L}} || \frac{3}{4} | \tan\angle BAC = 0.75 | \sin\alpha=3/4 | S_{\triangle ABC}=\frac34 || x\ne2 | x \neq 2 | x≠2 || 6\sqrt{2} | 6\sqrt2 \text{ square units}
 """
 WRONG = r"""
 42 | 41 | 1=2=3=42 | x=41=42 | 42 \text{ is wrong} | not=42 | 42 41 | 42 (or 41) | 42/41 | \pm42
@@ -1363,7 +1363,7 @@ x=1 or x=2 | 1 | 1 or 3 | y=1 or y=2 || -5 | 5 | --5 | ±5 || 10 | 1 0 | 10e | 5
 4, 5 | AB=5, CD=4 | 45 | 20 | 4 || $$1$$ $$-1$$ | -1 | 0 | -1, 1 | 1 || 0, 1 | 1,000 | 01
 \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{pmatrix}1&3\\2&4\end{pmatrix} | \begin{pmatrix}1&2&3&4\end{pmatrix} | \begin{vmatrix}1&2\\3&4\end{vmatrix}
 x^2+y^2=4 | x^2-y^2=4 | x^2+y^2 | 4 | x^2+y^2=4=5 || x=3 | 2x=6 | x+1=4 || I(0) | -I(0) || f(x+y) | f(x)+f(y) || 10^{324} | \infty | 10^{325}
-3^{-2000} | 0 | 3^{-2001} | -3^{-2000} || \infty | 10^{324} | 10^{9999}
+3^{-2000} | 0 | 3^{-2001} | -3^{-2000} || \infty | 10^{324} | 10^{9999} || 2 | 2mg | 2Pa | 2MV || x\ne2 | x=2 | x\ne3
 """
 TURNS = [  # well-formed, and what they answer
     ("I must write <think>, <tool_call> and <answer>\\boxed{}</answer></think><answer>\\boxed{1}</answer>", "1"), ("t</think><answer>\\boxed{a\\}b}</answer>", "a\\}b"),
@@ -1392,7 +1392,7 @@ C | 12 | 12\,\mathrm{cm} || D | none | D
 NOT_CHOSEN = r"""
 A | B | A or B | A, B | A and B | AB | A B | A/B | not A | A (not B) | E | A. A blue ball | ball | A blue ball | A. B | The answer is not A | either A or B
 A | [A][B] | **A** or **B** | all but A | A is wrong | A. A red ball, or B | A (B) | B (A) | A red ball and a blue ball | A? B?
-B | A red ball | A. A blue ball
+B | A red ball | A. A blue ball | A. blue ball
 """
 SAME_TEXT = r"""
 Paris | paris | \text{Paris}. | It is Paris | in Paris | Paris, France | Paris (France) | The answer is Paris | Ｐａｒｉｓ || The Eiffel Tower | Eiffel Tower
@@ -1401,7 +1401,7 @@ Smith, John | John Smith || Salt and Pepper | salt and pepper || The The | The T
 red and blue | blue, red || It | it || Kennedy, John F. | John F. Kennedy || General George Washington | George Washington
 University of Oxford | University of Oxford, the || Mona Lisa | "Mona Lisa" | **Mona Lisa** | “Mona Lisa” || 1945 | June 23, 1945 | the year 1945
 1984 | in 1984 || June 23, 1945 | 23 June 1945 | the 23rd of June 1945 || 3 | three | three people || three | 3 || 1.5 million | 1,500,000
-$5 million | 5 million dollars || 3:30 PM | 3:30 p.m. || 3:30 | 3:30 PM || Spider-Man | Spiderman || J. K. Rowling | J.K. Rowling
+$5 million | 5 million dollars || 3:30 PM | 3:30 p.m. || 3:30 | 3:30 PM || Spider-Man | Spiderman || J. K. Rowling | J.K. Rowling || 1939 to 1945 | 1939-1945
 """
 OTHER_TEXT = r"""
 Paris | Paris London | ! | Paris, Texas | Paris, London | Paris (London) | Paris, France or Rome, Italy | not in Paris
@@ -1415,7 +1415,7 @@ United States Senate | United States || film director and screenwriter | film di
 University of New Mexico | New Mexico || New South Wales | South Wales || World War II | World War || France | France, Germany
 1945 | June 23, 1944 | 1944-1945 | June 1944 or 1945 || June 23, 1945 | 1945 | June 24, 1945 | June 23 or 24, 1945 || 3:30 PM | 3:30 AM
 Three Musketeers | 3 || 12 monkeys | 12 || 3 | three or four || 1.5 million | 1.5 | 1.5 billion || 30 km | 30 miles || $5 million | $5
-Mona Lisa | "Mona Lisa", "The Scream"
+Mona Lisa | "Mona Lisa", "The Scream" || Smith | A. Smith || A. Lincoln | Lincoln
 """
 GOLDS = [("B", "choice"), ("New York City", "text"), ("the old red lighthouse", "text")]
 GOLDS += [(gold, "math") for gold in ("42", "3/4", "2\\sqrt{2}", "(1,2)", "1,2", "x^2+1", "15 cm")]
