@@ -20,21 +20,21 @@ PROGRAM = Path(__file__).parent.parent / "axpo.py"
 ARMS = {  # name in the table: (options, Pass@1 / Pass@4 of the paper's 8B, the mean of four benchmarks)
     "GRPO": ("--algo grpo", "51.9 / 68.3"),
     "AXPO": ("", "53.9 / 70.2"),
-    "GRPO, 10 rollouts (AXPO's budget)": ("--algo grpo --rollouts_per_question 10", ""),
+    "GRPO, 10 rollouts (as many as AXPO)": ("--algo grpo --rollouts_per_question 10", ""),
     "GRPO, 16 rollouts (2N)": ("--algo grpo --rollouts_per_question 16", "52.4 / 68.2"),
     "AXPO, rank by confidence": ("--rank confidence", ""),
     "AXPO, random rank": ("--rank random", "51.0 / 65.8"),
     "AXPO without prefix credit": ("--ablate prefix_credit", "51.4 / 67.7"),
     "AXPO without prefix fixing": ("--ablate prefix_fix", "52.1 / 69.1"),
     "AXPO, continuations in the source's group": ("--ablate separate_group", "51.2 / 67.0"),
-    "AXPO where the others are all wrong": ("--ablate no_tool", "51.7 / 65.9"),
+    "AXPO where rollouts without a tool fail": ("--ablate no_tool", "51.7 / 65.9"),
     "GRPO, tool bonus": ("--algo grpo --ablate tool_bonus", "50.8 / 65.6"),
     "GRPO, tool penalty": ("--algo grpo --ablate tool_penalty", "46.0 / 59.1"),
 }
 # Student's t for a 95 % interval, by degrees of freedom.
 T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
 COLUMNS = {"Pass@1": "{:.1%}", "Pass@4": "{:.1%}", "tool use": "{:.1%}", "all-wrong": "{:.0%}", "recovery": "{:.0%}",
-           "tokens (M)": "{:.1f}"}  # fmt: skip
+           "tokens (M)": "{:.2f}"}  # fmt: skip
 
 
 def run(folder: Path, name: str, options: str) -> None:
@@ -54,7 +54,7 @@ def measured(folder: Path) -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = list({row["step"]: row for row in rows if row["stage"] == "rl"}.values())
     wrong = [row["all_wrong"] for row in steps[-20:] if row["all_wrong"] is not None]
-    recovery = [row["recovery"] for row in steps if row["recovery"] is not None]
+    recovery = [row["recovery"] for row in steps if row["recovery"] is not None and row["prefixes"]]
     tokens = sum(row["tokens"] for row in steps) / 1e6
     mean = lambda values: float(np.mean(values)) if values else math.nan  # noqa: E731
     return [final["pass@1"], final["pass@4"], final["tool_use"], mean(wrong), mean(recovery), tokens]
