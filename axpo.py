@@ -112,7 +112,7 @@ class Config(ToolConfig):
     beta: float = option(1e-3, "weight of the KL to the reference (0: none is loaded)")
     temperature: float = option(1.0, "temperature of training rollouts")
     max_turns: int = option(3, "assistant messages per training rollout")
-    max_response_tokens: int = option(16384, "tokens after the question, observations included")
+    max_response_tokens: int = option(16384, "tokens after the question, observations included; distillation also")
     steps: int = option(300, "RL steps")
     questions_per_step: int = option(64, "B, questions of each step")
     epochs_per_batch: int = option(1, "updates per batch; the clip matters from the second on")
@@ -1575,13 +1575,18 @@ def problems_digest(problems: Sequence[Problem]) -> str:
 def rollouts_to_file(policy: Policy, problems: Sequence[Problem], sampling: Sampling, cfg: Config, path: Path, keep):
     """Roll out every problem and write a line for it, with what keep(rollout) makes of each rollout. The first line of
     the file says what made it: weights, problems, sampling. If that is the same, the problems that have a line are
-    done: so a killed run goes on, and a finished one is read. Otherwise it is made anew. Collective; the first process
-    writes."""
+    done: so a killed run goes on, and a finished one is read. Otherwise it is made anew, and the old one kept beside
+    it. Collective; the first process reads and writes."""
     tools = {f.name: getattr(cfg, f.name) for f in fields(ToolConfig)}
     about = weights_digest(policy), problems_digest(problems), sampling, tools, cfg.eval_rollouts, cfg.seed
     header = {"made_by": hashlib.sha256(repr(about).encode()).hexdigest()}
-    lines = list(read_lines(path)) if path.exists() else []
-    lines = lines if lines[:1] == [header] else [header]
+    lines = [header]
+    if is_first() and path.exists():
+        lines = list(read_lines(path))
+        if lines[:1] != [header]:
+            path.replace(path.with_suffix(".old.jsonl"))
+            print(f"{path} was made by other weights, problems or sampling: kept as {path.stem}.old.jsonl")
+            lines = [header]
     done = gather({line["id"] for line in lines[1:]})[0]
     if is_first():
         append_lines(path.with_suffix(".draft"), lines)  # without a last line that a kill cut short
@@ -1652,7 +1657,7 @@ def read_trajectories(path: Path) -> list[tuple[Problem, list[str | Observation]
                     said = "".join(turn for turn in found[-1][1] if isinstance(turn, str))
                     if tags := [tag for tag in FORBIDDEN if tag in said]:
                         raise ValueError(f"the assistant says {tags[0]}")
-            except ValueError as error:
+            except (ValueError, TypeError, AttributeError, LookupError) as error:
                 raise ValueError(f"{path}: line {number}: {error}") from error
     if not found:
         raise ValueError(f"{path} holds no trajectory")
@@ -1670,22 +1675,24 @@ def leave_out_solved(problems: Sequence[Problem], dumps: str) -> list[Problem]:
     shares = []  # of right rollouts, by problem
     for path in dumps.split(","):
         lines = [line for line in read_lines(Path(path.strip())) if "solved" in line]
-        shares.append({line["id"]: line["solved"] / line["n"] for line in lines})
+        shares.append({(line["id"], line["problem"]["question"]): line["solved"] / line["n"] for line in lines})
     student, teacher = [*shares, {}][:2]
-    kept = [problem for problem in problems if student.get(problem.id) != 1 and teacher.get(problem.id) != 0]
-    if not student or not kept:
-        counts = f"of {len(problems)} problems and {len(student)} lines"
-        raise ValueError(f"--keep_unsolved {dumps}: {counts}, no problem is left")
-    print(f"{len(kept)} of {len(problems)} problems are neither always solved nor never")
+    kept, known = [], 0
+    for problem in problems:
+        key = problem.id, problem.question
+        known += key in student
+        if student.get(key) != 1 and teacher.get(key) != 0:
+            kept.append(problem)
+    if not known or not kept:
+        counts = f"of {len(problems)} problems {known} stand in the first file, and {len(kept)} are left"
+        raise ValueError(f"--keep_unsolved {dumps}: {counts}")
+    print(f"{len(kept)} of {len(problems)} problems ({known} in the dump) are neither always solved nor never")
     return kept
 
 
-def train_sft(policy: Policy, cfg: Config, run: Run) -> None:
+def train_sft(policy: Policy, trajectories: Sequence, cfg: Config, run: Run) -> None:
     """Cross-entropy on the assistant's tokens, the mean over all of a step's; prompts and observations are context
     only. Collective."""
-    trajectories = (
-        read_trajectories(Path(cfg.trajectories)) if cfg.trajectories else data.toy_trajectories(cfg, cfg.seed)
-    )
     encode = lambda i: to_rollout(policy, *trajectories[i])  # noqa: E731
     encode = encode if cfg.trajectories else lru_cache(None)(encode)  # the toy's are small
     optimizer = make_optimizer(policy)
@@ -1707,7 +1714,7 @@ def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, c
     optimizer = make_optimizer(policy)
     for step in run.steps("rl", policy, optimizer, cfg.lr, cfg.steps):
         if cfg.eval_every and held_out and step % cfg.eval_every == 0:
-            rows = evaluate(policy, held_out, cfg, run.folder / "eval-on-the-way.jsonl", "")
+            rows = evaluate(policy, held_out, cfg, run.folder / f"eval-step-{step:06d}.jsonl", "")
             run.log({"stage": "eval", "step": step} | rows[0])
         began = time.time()
         drawn = [problems[i] for i in draw(len(problems), cfg.questions_per_step, step, cfg.seed)]
@@ -1975,14 +1982,15 @@ class Run:
             for draft in folder.glob("*.draft"):  # of a run that was killed while it wrote
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             path, now = folder / "config.json", asdict(cfg)
-            now["problems"] = problems_digest(problems)
-            now["examples"] = data.digest(Path(cfg.trajectories)) if cfg.trajectories else ""
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+            learns = cfg.stage in ("all", "rl"), cfg.stage in ("all", "sft") and cfg.trajectories
+            now["problems"] = problems_digest(problems) if learns[0] else before.get("problems")
+            now["examples"] = data.digest(Path(cfg.trajectories)) if learns[1] else before.get("examples")
             different = [
                 f"--{name} {before.get(name)!r}" for name in self.FIXED.split() if before.get(name) != now[name]
             ]
-            if before["stage"] == now["stage"]:
-                different += [f"other {name}" for name in ("problems", "examples") if before.get(name) != now[name]]
+            for name in ("problems", "examples"):
+                different += [f"other {name}"] * (before.get(name) not in (None, now[name]))
             if different:
                 raise ValueError(f"{folder} was begun with {different[0]}: give another --name, or delete the folder")
             path.write_text(json.dumps(now, indent=1), encoding="utf-8")
@@ -2157,14 +2165,18 @@ def read_lines(path: Path) -> Iterator[dict]:
     """The rows of a JSONL file; a last line that a kill cut short is left out."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    with open(path, newline="\n", encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                if line.strip():
-                    yield json.loads(line)
+                row = json.loads(line) if line.strip() else None
             except ValueError as error:
-                if line.endswith("\n"):
+                if line.endswith(b"\n"):
                     raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
+                return
+            if not isinstance(row, dict | None):
+                raise ValueError(f"{path}: line {number} has no named fields")
+            if row is not None:
+                yield row
 
 
 def append_lines(path: Path, rows: Iterable[dict]) -> None:
@@ -2195,7 +2207,7 @@ def parse(arguments: Sequence[str]) -> Config:
             kind = {"type": type(f.default), "metavar": f.default}
         group.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
     first = parser.parse_known_args(arguments)[0]
-    if (first.data or first.model) in ("toy", "toy-test"):
+    if parts(first.data or first.model) <= set(data.MADE):
         parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
     try:
         return completed(Config(**vars(parser.parse_args(arguments))))
@@ -2203,17 +2215,22 @@ def parse(arguments: Sequence[str]) -> Config:
         parser.error(str(error))
 
 
+def parts(name: str) -> set[str]:
+    """The parts of a mixture, without their sizes."""
+    return {part.partition(":")[0].strip() for part in name.split(",")}
+
+
 def completed(cfg: Config) -> Config:
     """With what depends on other options. ValueError for what cannot be meant, or would learn nothing."""
-    toy, given = (cfg.data or cfg.model) == "toy", cfg.data
+    toy, given = parts(cfg.data or cfg.model) == {"toy"}, cfg.data
     cfg.data = given or ("toy" if toy else "paper-sft" if cfg.stage in ("distil", "sft") else "paper-rl")
-    files = {part for part, _ in data.check(cfg.data)} - set(data.SETS)
+    files = {part for part, _ in data.check(cfg.data)} - {*data.SETS, *data.MADE}
     own = not toy and (files or (cfg.stage == "sft" and cfg.trajectories))
     if not cfg.eval_data and (cfg.stage == "eval" or not own):
         cfg.eval_data = "toy-test" if toy else given if cfg.stage == "eval" and given else "paper-eval"
     if cfg.eval_data:
         data.check(cfg.eval_data)
-    if not cfg.trajectories and cfg.data != "toy":  # only the toy world has a teacher
+    if not cfg.trajectories and not toy:  # only the toy world has a teacher
         cfg.stage = "rl" if cfg.stage == "all" else cfg.stage
     learns = cfg.stage in ("all", "rl")
     zero = "seed threads steps sft_steps warmup_steps eval_limit eval_every eval_top_k"
@@ -2222,7 +2239,7 @@ def completed(cfg: Config) -> Config:
         if isinstance(value, int | float) and not at_least <= value < math.inf:
             raise ValueError(f"--{name} must be a number of at least {at_least}, not {value}")
     for wrong, why in (
-        (cfg.stage == "sft" and cfg.data != "toy" and not cfg.trajectories,
+        (cfg.stage == "sft" and not toy and not cfg.trajectories,
          "--stage sft needs --trajectories FILE, for instance what --stage distil writes"),
         (cfg.trajectories and not Path(cfg.trajectories).is_file(), f"there is no file {cfg.trajectories}"),
         (bool(cfg.judge_url) != bool(cfg.judge_model), "--judge_url and --judge_model belong together"),
@@ -2240,16 +2257,18 @@ def completed(cfg: Config) -> Config:
     return cfg
 
 
-def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
-    """The problems that the stage works on, and those that it is evaluated on."""
-    problems, held_out = [], []
+def load_data(cfg: Config) -> tuple[list[Problem], list[Problem], list]:
+    """The problems that the stage works on, those that it is evaluated on, and one's own trajectories for SFT."""
+    problems, held_out, trajectories = [], [], []
     if cfg.stage != "distil" and cfg.eval_data:
         held_out = data.load(cfg.eval_data, cfg.eval_limit or None, cfg.seed, cfg.on_bad_row)
     if cfg.stage in ("all", "rl", "distil", "diagnose"):
         problems = data.load(cfg.data, None, cfg.seed, cfg.on_bad_row)
     if problems and cfg.keep_unsolved:
         problems = leave_out_solved(problems, cfg.keep_unsolved)
-    return problems, held_out
+    if cfg.stage in ("all", "sft") and cfg.trajectories:
+        trajectories = read_trajectories(Path(cfg.trajectories))
+    return problems, held_out, trajectories
 
 
 def leave_out_long(policy: Policy, problems: list[Problem], limit: int) -> list[Problem]:
@@ -2279,7 +2298,7 @@ def main(cfg: Config) -> None:
     folder = Path(cfg.output_dir) / (cfg.name or f"{started_from}-{purpose}")
     for first in (True, False):  # the others find in the caches what the first one downloaded
         if first == is_first():
-            problems, held_out = load_data(cfg)
+            problems, held_out, trajectories = load_data(cfg)
         gather(None)
     print(start_tools(cfg))
     loaded = cfg.model, cfg.stage not in ("distil", "eval", "diagnose")
@@ -2298,14 +2317,16 @@ def main(cfg: Config) -> None:
     for stage, steps in (("sft", cfg.sft_steps), ("rl", cfg.steps)):
         if cfg.stage not in (stage, "all"):
             continue
-        if not run.finished(stage, steps):
+        if run.finished(stage, steps):
+            print(f"{stage} is done: {folder / stage}")
+        else:
             begun = str(folder / "sft") if stage == "rl" and run.finished("sft", 0) else cfg.model
             print(f"{stage} starts from {begun}")
             if loaded != (begun, True):
                 policy = None  # make room
                 policy = load_policy(begun, cfg)
             if stage == "sft":
-                train_sft(policy, cfg, run)
+                train_sft(policy, trajectories or data.toy_trajectories(cfg, cfg.seed), cfg, run)
             else:
                 train_rl(policy, load_policy(begun, cfg, False) if cfg.beta else None, problems, held_out, cfg, run)
         if held_out:
@@ -2316,7 +2337,7 @@ def main(cfg: Config) -> None:
             rows += found
             if stage == "rl":
                 run.log({"stage": "eval", "step": steps} | found[0])
-        if stage == "rl" and is_first():
+        if stage == "rl" and is_first() and (folder / "metrics.jsonl").exists():
             run.draw_curves()
     if rows and is_first():
         (folder / "results.json").write_text(json.dumps([finite(row) for row in rows], indent=1), encoding="utf-8")

@@ -293,7 +293,7 @@ class _Table:
             where = f"{self.name}: row {index} ({names[index]})"
             try:
                 yield where, self._problem(names[index], row, members)
-            except (DataError, zipfile.BadZipFile) as error:
+            except (ValueError, TypeError, LookupError, zipfile.BadZipFile) as error:
                 self.bad.append(f"{where} {error}")
 
     def _problem(self, id: str, row: dict, members: dict[str, zipfile.ZipFile]) -> Problem:
@@ -301,8 +301,8 @@ class _Table:
         source = self.source
         question, shown = _content(next(filter(None, map(row.get, source.question.split("|"))), ""))
         question = question.replace("Answer with the option's letter from the given choices directly.", "").strip()
-        answers = [BOXED.sub(r"\1", cell).strip() for cell in _cells(row, source.answers)]
-        answers = list(dict.fromkeys(filter(None, answers)))
+        answers = dict.fromkeys(BOXED.sub(r"\1", cell).strip() for cell in _cells(row, source.answers))
+        answers = [answer for answer in answers if answer]
         demand(answers, "has no answer")
         demand(question, "has no question")
         answers = ["; ".join(answers)] if source.joined else answers
@@ -311,8 +311,9 @@ class _Table:
         demand(images or source.text_only, "has no image")
 
         declared = "".join({"math", "choice", "text"} & {cell.lower() for cell in _cells(row, source.kind)})
-        gold = answers[0]
-        given = _options(cells := _cells(row, source.options))
+        demand(declared or source is not OWN or not _cells(row, source.kind), "has a kind but math, choice or text")
+        gold, given = answers[0], _options(cells := _cells(row, source.options))
+        demand(source is not OWN or not re.search(r"####|\\boxed|<answer>", gold), "has a derivation for an answer")
         demand(given or not cells, f"has the options {cells[:1]}: make them a list, or write A., B., ... before each")
         for options in [given] if given else [_options([question]), []]:  # what a question lists need not be options
             if letter := _letter(gold, options):
@@ -328,9 +329,8 @@ class _Table:
             options = letters
             listed = listed if len(TAG.findall(question + listed)) == len(images) else ""
         question, images = _placed(question + listed * (given != letters), images)
-        options = tuple(options) if kind == "choice" else ()
-        category = " ".join(_cells(row, source.category))
-        problem = Problem(id, question, images, tuple(answers), kind, options, id.partition("/")[0], category)
+        about = tuple(options) if kind == "choice" else (), id.partition("/")[0], " ".join(_cells(row, source.category))
+        problem = Problem(id, question, images, tuple(answers), kind, *about)
         demand(self.benchmark or answerable(problem), f"has the answer {gold!r}, which no rule can grade right")
         return problem
 
