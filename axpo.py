@@ -1075,9 +1075,8 @@ class Engine:
             parts = softmaxes(q[owners], *pool.index_select(1, pages), missing)
             if blocks:
                 together = q[users].permute(2, 0, 1, 3, 4).flatten(2, 3)  # (h, blocks, widest * H / h, d)
-                keys, values = (
-                    pool.index_select(1, tables.flatten()).unflatten(1, tables.shape).movedim(3, 1).flatten(3, 4)
-                )
+                shared = pool.index_select(1, tables.flatten()).unflatten(1, tables.shape)
+                keys, values = shared.movedim(3, 1).flatten(3, 4)  # (h, blocks, tokens, d)
                 several = softmaxes(together, keys, values, padding)
                 several = [x.unflatten(2, (widest, -1)).permute(1, 2, 0, 3, 4)[users >= 0] for x in several]
                 parts = [torch.cat(pair) for pair in zip(parts, several)]
@@ -1192,10 +1191,11 @@ def start_processes(cfg: Config) -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every shape, and keeps it
+    backends = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group(backends, timeout=patience)
     elif DEVICE == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of one process are meant
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the first speaks for all
@@ -1531,7 +1531,8 @@ def update(policy: Policy, reference, optimizer, streams: list[Stream], total: i
     for name in ("ratio", "clip_fraction", "kl", "sampler_gap"):
         metrics[name] = sum(count * row[name] for count, row in measured) / tokens
     metrics["kl"] = metrics["kl"] if cfg.beta else math.nan
-    metrics["skipped"] = 1 - sum(gather(len(kept))) / max(1, sum(gather(len(streams))))
+    trained, given = map(sum, zip(*gather((len(kept), len(streams)))))
+    metrics["skipped"] = 1 - trained / max(1, given)
     return metrics | {"loss": mean(loss for loss, _ in steps), "grad_norm": steps[-1][1]}
 
 
@@ -1983,12 +1984,13 @@ class Run:
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             path, now = folder / "config.json", asdict(cfg)
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
-            learns = cfg.stage in ("all", "rl"), cfg.stage in ("all", "sft") and cfg.trajectories
-            now["problems"] = problems_digest(problems) if learns[0] else before.get("problems")
-            now["examples"] = data.digest(Path(cfg.trajectories)) if learns[1] else before.get("examples")
-            different = [
-                f"--{name} {before.get(name)!r}" for name in self.FIXED.split() if before.get(name) != now[name]
-            ]
+            now |= {"problems": before.get("problems"), "examples": before.get("examples")}
+            if cfg.stage in ("all", "rl"):
+                now["problems"] = problems_digest(problems)
+            if cfg.stage in ("all", "sft") and cfg.trajectories:
+                now["examples"] = data.digest(Path(cfg.trajectories))
+            changed = [name for name in self.FIXED.split() if before.get(name) != now[name]]
+            different = [f"--{name} {before.get(name)!r}" for name in changed]
             for name in ("problems", "examples"):
                 different += [f"other {name}"] * (before.get(name) not in (None, now[name]))
             if different:
@@ -2207,24 +2209,21 @@ def parse(arguments: Sequence[str]) -> Config:
             kind = {"type": type(f.default), "metavar": f.default}
         group.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
     first = parser.parse_known_args(arguments)[0]
-    if parts(first.data or first.model) <= set(data.MADE):
-        parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
     try:
+        named = {part for part, _ in data.check(first.data)} if first.data else {first.model}
+        if named <= set(data.MADE):
+            parser.set_defaults(**data.toy_recipe(Path(first.output_dir)))
         return completed(Config(**vars(parser.parse_args(arguments))))
     except ValueError as error:
         parser.error(str(error))
 
 
-def parts(name: str) -> set[str]:
-    """The parts of a mixture, without their sizes."""
-    return {part.partition(":")[0].strip() for part in name.split(",")}
-
-
 def completed(cfg: Config) -> Config:
     """With what depends on other options. ValueError for what cannot be meant, or would learn nothing."""
-    toy, given = parts(cfg.data or cfg.model) == {"toy"}, cfg.data
-    cfg.data = given or ("toy" if toy else "paper-sft" if cfg.stage in ("distil", "sft") else "paper-rl")
-    files = {part for part, _ in data.check(cfg.data)} - {*data.SETS, *data.MADE}
+    given = cfg.data
+    cfg.data = given or ("toy" if cfg.model == "toy" else "paper-sft" if cfg.stage in ("distil", "sft") else "paper-rl")
+    named = {part for part, _ in data.check(cfg.data)}
+    toy, files = named == {"toy"}, named - {*data.SETS, *data.MADE}
     own = not toy and (files or (cfg.stage == "sft" and cfg.trajectories))
     if not cfg.eval_data and (cfg.stage == "eval" or not own):
         cfg.eval_data = "toy-test" if toy else given if cfg.stage == "eval" and given else "paper-eval"

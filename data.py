@@ -143,9 +143,8 @@ def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "
     demand(on_bad_row in ("stop", "skip"), f"on_bad_row is {on_bad_row!r}; it can be stop or skip.")
     parts = [(_Table(part), size) for part, size in check(name)]
     ids = [id for table, size in parts for id in _draw(list(table.rows), size, seed)]
-    twice = [id for id, count in Counter(ids).items() if count > 1]  # sampling and resuming hang on the id
-    if twice:
-        raise DataError(f"{len(twice)} problems of {name} have the id of another, as {twice[0]}: rename a file.")
+    same = [id for id, count in Counter(ids).items() if count > 1]  # sampling and resuming hang on the id
+    demand(not same, f"{len(same)} problems of {name} have the id of another, as {''.join(same[:1])}: rename a file.")
     drawn = set(_draw(ids, limit, seed))
     problems, bad, owners = [], [], {}  # owners: digest of a picture -> the set that it was first seen in
     for table, _ in parts:
@@ -329,8 +328,9 @@ class _Table:
             options = letters
             listed = listed if len(TAG.findall(question + listed)) == len(images) else ""
         question, images = _placed(question + listed * (given != letters), images)
-        about = tuple(options) if kind == "choice" else (), id.partition("/")[0], " ".join(_cells(row, source.category))
-        problem = Problem(id, question, images, tuple(answers), kind, *about)
+        options = tuple(options) if kind == "choice" else ()
+        category = " ".join(_cells(row, source.category))
+        problem = Problem(id, question, images, tuple(answers), kind, options, id.partition("/")[0], category)
         demand(self.benchmark or answerable(problem), f"has the answer {gold!r}, which no rule can grade right")
         return problem
 
