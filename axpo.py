@@ -74,7 +74,7 @@ from tqdm import tqdm
 
 import data
 from data import Problem
-from tools import SCHEMAS, Observation, Toolbox, ToolConfig, open_image
+from tools import SCHEMAS, Observation, Toolbox, ToolConfig, digest, image_size, open_image
 from tools import start as start_tools
 
 
@@ -1569,7 +1569,7 @@ def problems_digest(problems: Sequence[Problem]) -> str:
     """A checksum over all that is asked, which a changed data file changes."""
     told = hashlib.sha256()
     for problem in problems:
-        told.update(repr((described(problem), [data.digest(image) for image in problem.images])).encode())
+        told.update(repr((described(problem), [digest(image) for image in problem.images])).encode())
     return told.hexdigest()
 
 
@@ -1988,7 +1988,7 @@ class Run:
             if cfg.stage in ("all", "rl"):
                 now["problems"] = problems_digest(problems)
             if cfg.stage in ("all", "sft") and cfg.trajectories:
-                now["examples"] = data.digest(Path(cfg.trajectories))
+                now["examples"] = digest(Path(cfg.trajectories))
             changed = [name for name in self.FIXED.split() if before.get(name) != now[name]]
             different = [f"--{name} {before.get(name)!r}" for name in changed]
             for name in ("problems", "examples"):
@@ -2275,7 +2275,7 @@ def leave_out_long(policy: Policy, problems: list[Problem], limit: int) -> list[
     frame, kept = len(policy.prompt(Problem("", "", (), (), "text")).ids), []
     for problem in problems:
         tokens = frame + len(policy.encode(problem.question))
-        for width, height in map(data.image_size, problem.images):
+        for width, height in map(image_size, problem.images):
             scale = min(1.0, (policy.max_image_pixels / (width * height)) ** 0.5) / 32  # a token has 32 x 32 pixels
             tokens += max(64, math.ceil(width * scale) * math.ceil(height * scale))
         if tokens <= limit:

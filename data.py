@@ -16,7 +16,6 @@ import ast
 import base64
 import contextlib
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -41,7 +40,7 @@ import mpmath
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from tools import SCHEMAS, Observation, Toolbox, ToolConfig, open_image
+from tools import SCHEMAS, Observation, Toolbox, ToolConfig, digest, open_image
 
 log = logging.getLogger(__name__)
 CACHE = Path("~/.cache/axpo").expanduser()  # digests of pictures that could be decoded, and of the benchmarks'
@@ -87,7 +86,7 @@ class Source:
     default_kind: str = ""  # of a gold that is not a letter; "" decides by its look
     id: str = "id|qid|question_id|doc_id|sample_id|data_id|pid|index|"
     question: str = "question|problem|query|prompt|text"
-    answers: str = "answers|answer|ground_truth|gt|gt_answer|gold|label|reward_model|solution"
+    answers: str = "answer+answers|ground_truth|gt|gt_answer|gold|label|reward_model|solution"
     category: str = "category|subject|area|ability|data_source|source|"
     images: str = "decoded_image|query_image|images|image|image_paths|image_path|img|"  # pictures or their paths
     options: str = "options|choices|A+B+C+D+E+F|"
@@ -128,19 +127,17 @@ SETS = {
     "mmfinereason": Source("OpenDataArena/MMFineReason-SFT-123K-Qwen3-VL-235B-Thinking", "data/train-*.parquet",
                            text_only=True, training=True, revision="cda6140bfba449bef9e57065a528b7424966e144"),
 }
+MIXES = {"paper-sft": "virl39k,fvqa,pyvision", "paper-rl": "virl39k,fvqa,pyvision,mmfinereason:22000",
+         "paper-eval": ",".join(name for name, source in SETS.items() if not source.training)}
 # fmt: on
-MIXES = {"paper-sft": "virl39k,fvqa,pyvision", "paper-rl": "virl39k,fvqa,pyvision,mmfinereason:22000"}
 Trajectory = tuple[Problem, list[str | Observation]]  # the texts of the assistant and what tools return, in turn
 MADE = {"toy": lambda: toy_problems("train", 480), "toy-test": lambda: toy_problems("test", 192)}  # name -> maker
-MIXES["paper-eval"] = ",".join(name for name, source in SETS.items() if not source.training)
 
 
 def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "stop") -> list[Problem]:
     """Problems of a set, a mixture or a file of your own; raises DataError. `limit` draws that many before any picture
     is touched, never a prefix, because sets are ordered. Rows that cannot be used stop the load, or are left out if
-    `on_bad_row` is "skip". Problems that share a picture with an earlier part or, in a training set, with a benchmark
-    are dropped; a benchmark is never cut."""
-    demand(on_bad_row in ("stop", "skip"), f"on_bad_row is {on_bad_row!r}; it can be stop or skip.")
+    `on_bad_row` is "skip". Of a training set, what shares a picture with an earlier part or a benchmark is dropped."""
     parts = [(_Table(part), size) for part, size in check(name)]
     ids = [id for table, size in parts for id in _draw(list(table.rows), size, seed)]
     same = [id for id, count in Counter(ids).items() if count > 1]  # sampling and resuming hang on the id
@@ -150,22 +147,27 @@ def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "
     for table, _ in parts:
         fresh = table.load([id for id in table.rows if id in drawn])
         bad += table.bad
-        known, dropped = owners | (_evaluation_images() if table.source.training else {}), Counter()
+        known, dropped = owners | _evaluation_images() if table.source.training else {}, Counter()
         for problem in fresh:
             digests = list(map(digest, problem.images))
-            shared = [known[key] for key in digests if key in known and not table.benchmark]
+            shared = [known[key] for key in digests if key in known]
             dropped.update(shared[:1])
             if not shared:
                 problems.append(problem)
                 owners.update(dict.fromkeys(digests, problem.source))
         for owner, count in dropped.items():
             log.warning(f"{table.name}: {count} of {len(fresh)} problems share an image with {owner}: dropped")
-    if bad:
-        told = f"{len(bad)} of {len(drawn)} rows of {name} cannot be used: {'; '.join([*bad[:4], '...'][: len(bad)])}"
-        demand(on_bad_row == "skip", f"{told}. Mend them, or leave them out with `--on_bad_row skip`.")
-        log.warning("Left out: %s", told)
+    leave_out(bad, len(drawn), name, on_bad_row)
     demand(problems, f"No problem of {name} is left.")
     return problems
+
+
+def leave_out(bad: list[str], count: int, name: str, on_bad_row: str) -> None:
+    """Name the bad ones of so many rows: in a warning, if `on_bad_row` is "skip", else in a DataError."""
+    told = f"{len(bad)} of {count} rows of {name} cannot be used: {'; '.join(bad[:20])}"
+    demand(not bad or on_bad_row == "skip", f"{told}. Mend them, or leave them out with `--on_bad_row skip`.")
+    if bad:
+        log.warning("Left out: %s", told)
 
 
 def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures") -> list[str]:
@@ -190,17 +192,6 @@ def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures"
     with contextlib.suppress(OSError):  # where nothing can be written, the next start decodes again
         _write(memory, "\n".join(sorted(known | fresh)).encode())
     return faults
-
-
-def image_size(ref: bytes | Path) -> tuple[int, int]:
-    """Width and height of a picture, in pixels as stored, without decoding it."""
-    with Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref) as image:
-        return image.size
-
-
-def digest(ref: bytes | Path) -> str:
-    """SHA-256 of the encoded picture: finds copies of a file, not a picture encoded anew."""
-    return hashlib.sha256(ref if isinstance(ref, bytes) else ref.read_bytes()).hexdigest()
 
 
 def check(name: str) -> list[tuple[str, int | None]]:
@@ -289,7 +280,7 @@ class _Table:
         members = {member: archive for archive in archives for member in archive.namelist()}
         names = {self.rows[id]: id for id in ids}
         for index, row in self._scan(names):
-            where = f"{self.name}: row {index} ({names[index]})"
+            where = f"{self.name}: row {index + 1} ({names[index]})"
             try:
                 yield where, self._problem(names[index], row, members)
             except (ValueError, TypeError, LookupError, zipfile.BadZipFile) as error:
@@ -309,8 +300,8 @@ class _Table:
         images = tuple(picture(cell, self.folder, members) for cell in cells)
         demand(images or source.text_only, "has no image")
 
-        declared = "".join({"math", "choice", "text"} & {cell.lower() for cell in _cells(row, source.kind)})
-        demand(declared or source is not OWN or not _cells(row, source.kind), "has a kind but math, choice or text")
+        declared = "".join(_cells(row, source.kind)).lower()
+        demand(declared in ("", "math", "choice", "text"), "has a kind but math, choice or text")
         gold, given = answers[0], _options(cells := _cells(row, source.options))
         demand(source is not OWN or not re.search(r"####|\\boxed|<answer>", gold), "has a derivation for an answer")
         demand(given or not cells, f"has the options {cells[:1]}: make them a list, or write A., B., ... before each")
@@ -327,7 +318,10 @@ class _Table:
         if given and all(map(TAG.fullmatch, given)):  # each a picture of its own, or all drawn in a single one
             options = letters
             listed = listed if len(TAG.findall(question + listed)) == len(images) else ""
-        question, images = _placed(question + listed * (given != letters), images)
+        question += listed * (given != letters)
+        if not images and source is not OWN:  # a tag stands for nothing
+            question = TAG.sub(lambda tag: f"[{tag[0].strip('<>')}]", question)
+        question, images = _placed(question, images)
         options = tuple(options) if kind == "choice" else ()
         category = " ".join(_cells(row, source.category))
         problem = Problem(id, question, images, tuple(answers), kind, options, id.partition("/")[0], category)
@@ -343,7 +337,7 @@ class _Table:
             try:
                 present, rows = _rows(path, columns)
                 lacking = ", ".join(name for name in names if {"", *present}.isdisjoint(re.split("[+|]", name)))
-                demand(not lacking, f"lacks {lacking.replace('|', ' or ')}; it has {', '.join(present)}")
+                demand(not lacking, f"lacks {re.sub('[|+]', ' or ', lacking)}; it has {', '.join(present)}")
                 unknown = [name for name in present if name not in [*columns, *Source.images.split("|")]]
                 if unknown and self.source is OWN and wanted is None:
                     log.warning("%s: not understood, and not read: %s", self.name, ", ".join(unknown))
@@ -376,13 +370,13 @@ def _rows(path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
         except ValueError as error:
             raise DataError(f"has no JSON in line {number}: {error}") from error
         for row in found if isinstance(found, list) else [found]:
-            demand(isinstance(row, dict), f"has a row {len(rows)} that is no object with named fields")
+            demand(isinstance(row, dict), f"has a row {len(rows) + 1} that is no object with named fields")
             rows.append(row)
     return list(dict.fromkeys(key for row in rows for key in row)), rows
 
 
 def _cells(row: dict, names: str) -> list[str | bytes]:
-    """What a row holds in columns named as in Source, as texts or bytes, without nulls."""
+    """What a row holds in columns named as in Source, as texts or bytes; [] if all of them are empty."""
     for alternative in names.split("|"):
         cells = [leaf for name in alternative.split("+") for leaf in _leaves(row.get(name))]
         if any(cell != "" for cell in cells):
@@ -398,17 +392,16 @@ def _leaves(value: object) -> list[str | bytes]:
             with contextlib.suppress(ValueError, SyntaxError):
                 return _leaves(parse(value))
     if isinstance(value, dict):
-        lettered = "".join(key for key in sorted(value) if value[key] is not None)
         if "ground_truth" in value:
             value = [value["ground_truth"], value.get("candidate_answers")]
-        elif ascii_uppercase.startswith(lettered) and lettered:
-            value = [value[key] for key in lettered]
+        elif value and ascii_uppercase.startswith("".join(sorted(value))):
+            value = [value[key] for key in sorted(value)]
         else:
             value = value.get("bytes") or value.get("path") or value.get("url") or b""
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _leaves(item)]
     if value is None or value != value:  # pandas writes a missing text as NaN
-        return []
+        return [""]
     return [value if isinstance(value, bytes) else str(value).strip()]
 
 
@@ -435,8 +428,6 @@ def _content(content: object) -> tuple[str, list]:
 def _placed(text: str, images: tuple) -> tuple[str, tuple]:
     """The text with a MARKER for each picture, where its tag stands or in front, and the pictures in their order."""
     tags = list(TAG.finditer(text))
-    if not images:  # a tag stands for nothing
-        return TAG.sub(lambda tag: f"[{tag[0].strip('<>')}]", text), ()
     if not tags:
         return f"{MARKER}\n" * len(images) + text, images
     demand(len(tags) == len(images), f"has {len(tags)} tags such as {tags[0][0]} for {len(images)} pictures")
@@ -558,7 +549,7 @@ def read_trajectory(row: dict, folder: Path) -> Trajectory:
     understood = {"role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name", "id"}
     messages = row.get("messages") if isinstance(row.get("messages"), list) else []
     demand({*map(type, messages)} == {dict}, "lacks 'messages', a list of {role, content}")
-    beside = [picture(cell, folder) for cell in _leaves(row.get("images"))]
+    beside = [picture(cell, folder) for cell in _leaves(row.get("images")) if cell]
     asked, turns = None, []
     for message in messages[messages[0].get("role") == "system" :]:
         text, cells = _content(message.get("content"))
@@ -619,7 +610,7 @@ _CHARACTERS = str.maketrans(dict(zip("−–—×·⋅∗÷⁄≦≧⩽⩾~“�
 _COMMANDS = {"times|cdot": "*", "div": "/", "leq?(?:slant)?": "≤", "geq?(?:slant)?": "≥", "lt": "<", "gt": ">",
     "approx": "=", "pm": "±", "infty": "∞", "cup": "∪", "in": "∈", "circ|degree": "°", "[dtc]frac": r"\\frac ",
     "lor": " or ", "q?quad": " ", "left|right|displaystyle|boxed": "", "angle": "∠", "triangle": "△", "neq?": "≠",
-    "Omega": "Ω", "lambda": r"\\lamda "}  # lambda is Python's
+    "colon": ":", "Omega": "Ω", "lambda": r"\\lamda "}  # lambda is Python's
 _SPELLINGS = [(re.compile(pattern, re.DOTALL), new) for pattern, new in [
     *[(rf"\\(?:{names})(?![A-Za-z])", new) for names, new in _COMMANDS.items()], (r"\\begin\{[pb]?matrix\}", "(("),
     (r"\\\\(?=.*\\end\{[pb]?matrix\})", "),("), (r"\\end\{[pb]?matrix\}", "))"), ("&", ","), (r"\{([.,:])\}", r"\1"),
@@ -631,7 +622,8 @@ _SPELLINGS = [(re.compile(pattern, re.DOTALL), new) for pattern, new in [
     (r"(?i)(:\d\d) ?([ap])\.?m\b", r"\1 \2m"), (r"\\frac\s*(\w|\\pi(?![a-z]))", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*\})\s*(\w|\\pi(?![a-z]))", r"\1{\2}"), (r"(?<!\.)[. ]+$|^ ", ""),
     (r"\^\s*(?:\{\s*°\s*\}|°)| degrees?\b", "°"), ("° ?([CF])[a-z]+", r"°\1"), (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"),
-    (r"^(?i:(?:the )?(?:final |correct )*(?:answer|option|choice)(?: is:?| ?[:=])|(?:it|this)(?: is|'s)) (?=.)", ""),
+    (r"^(?i:(?:the )?(?:final |correct )*(?:answer|option|choice)(?: is:?| ?[:=])|(?:it|this)(?: is|'s)|"
+     r"there (?:is|are)|in(?= \d{4}$)) (?=.)", ""),
     (r"^[({] ?([^(){}\[\],;]*|-?\\frac\{-?\w+\}\{\w+\}) ?[)}]$", r"\1")]]  # (-7) and {60} are no point and no set
 _WORDS = dict(re.findall(r"(\S+):(\S+)", "zero:0 one:1 two:2 three:3 four:4 five:5 six:6 seven:7 eight:8 nine:9 ten:10 "
     "eleven:11 twelve:12 fifteen:15 twenty:20 hundred:*10^2 thousand:*10^3 million:*10^6 billion:*10^9 minus:- "
@@ -694,6 +686,7 @@ def _spell(text: str) -> str:
 def _tidy(text: str) -> str:
     """Mathematics in symbols, without the spaces that mean nothing; inequalities as intervals, x>5 as x∈(5,∞)."""
     text = _WORD.sub(lambda m: _WORDS[m[1].lower().replace(" ", "-")], text).replace(" per ", "/")
+    text = re.sub(r"^([A-Z]'?) ?(?=\([^()]*[,;][^()]*\)$)", r"\1=", text)  # P(3,-4) is a point with its name
     text = re.sub(r",? (?:or|and) |, (?=\d{3}(?!\d))", ";", text)  # 1, 234 is no thousand
     text = re.sub(r"(?<!\w)(?!(?<=\}) [A-Za-z]) | (?!\w)", "", text)
     if re.search("[>≥]", text) and not re.search("[<≤,;]", text):
@@ -721,10 +714,16 @@ def _same_math(answer: str, gold: str, problem: Problem, tolerance: float = 0.0)
     """Prose, numbers, points in order, lists in any, formulas. One side may lack its unit or its `name =`."""
     if re.fullmatch(r"[A-Za-z' ,.()-]*[A-Za-z]{3}[A-Za-z' ,.()-]*", gold):
         return _same_text(answer, gold, problem, tolerance)
-    (name, answer, unit), (its_name, gold, its_unit) = (_PARTS.fullmatch(_tidy(t)).groups("") for t in (answer, gold))
+    ratio = r"\\frac{\1}{\2}" if "ratio" in problem.question.lower() else r"\g<0>"  # then 1:4 is 1/4
+    whole = [re.sub("(?<![^=])([^:=]+?)(?::| to )([^:=]+)$", ratio, _tidy(text)) for text in (answer, gold)]
+    (name, answer, unit), (its_name, gold, its_unit) = (_PARTS.fullmatch(text).groups("") for text in whole)
+    if bool(name) != bool(its_name) and set("xy=") <= {*whole[0]} & {*whole[1]}:
+        (answer, gold), name, its_name = whole, "", ""  # y=2x+1 and 2x-y+1=0
     number, given = (_number(text, problem.question) for text in (gold, answer))
     unit, its_unit = (given[1] if given else "") or unit.lower(), (number[1] if number else "") or its_unit.lower()
-    if not gold or (name and its_name and name != its_name) or (unit and its_unit and unit != its_unit):
+    if not gold or (name and its_name and not re.match(rf"{re.escape(name)}(_|$)", its_name)):  # x may stand for x_1
+        return False
+    if unit != its_unit and (unit and its_unit or its_unit in ("am", "pm")):
         return False
     if number:
         return given is not None and abs(given[0] - number[0]) <= tolerance
@@ -809,7 +808,8 @@ def _same_text(answer: str, gold: str, problem: Problem, tolerance: float = 0.0)
         answer = re.sub(rf"(?:(?:, ?| \(){_PLACE}\)?)+$", "", answer)
     ours, theirs, number = _words(answer), _words(gold), _number(_tidy(gold))
     if _DATE.fullmatch(" ".join(ours)):  # a year is also right within a full date
-        return sorted(ours) == sorted(theirs) or (gold in ours and re.fullmatch(r"[12]\d{3}", gold) is not None)
+        ours, theirs = (sorted(word[:3] if word.isalpha() else word for word in words) for words in (ours, theirs))
+        return ours == theirs or (gold in ours and re.fullmatch(r"[12]\d{3}", gold) is not None)
     if (number and not re.search("[a-z]{2}s$", number[1])) or re.match(r"\d+:\d\d", gold):
         return _same_math(answer, _tidy(gold), problem, tolerance)
     given, wanted = ([word for word in words if word not in _CONNECTING] or words for words in (ours, theirs))

@@ -228,6 +228,19 @@ def open_image(source: bytes | Path) -> Image.Image:
         raise ValueError(f"The picture {what} cannot be decoded ({reason}).") from None
 
 
+def image_size(source: bytes | Path) -> tuple[int, int]:
+    """Width and height of a picture, in pixels as stored, without decoding it."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return image.size
+
+
+def digest(source: bytes | Path) -> str:
+    """SHA-256 of a picture's file: finds its copies, but not the same picture encoded anew."""
+    return hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).hexdigest()
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """A copy as a good viewer shows it: upright, transparent parts white, grey of 16 or 32 bits scaled to 8."""
     import numpy
