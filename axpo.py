@@ -1235,7 +1235,6 @@ def load_policy(name: str, cfg: Config, trained: bool = True) -> Policy:
     from huggingface_hub import snapshot_download
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one bar, over the steps, is enough
     logging.set_verbosity_error()
     gc.collect()  # a policy that is replaced refers to itself
     try:
@@ -1579,6 +1578,7 @@ def rollouts_to_file(policy: Policy, problems: Sequence[Problem], sampling: Samp
     done: so a killed run goes on, and a finished one is read. Otherwise it is made anew, and the old one kept beside
     it. Collective; the first process reads and writes."""
     tools = {f.name: getattr(cfg, f.name) for f in fields(ToolConfig)}
+    tools["search_corpus"] = digest(Path(cfg.search_corpus)) if cfg.search_corpus else ""
     about = weights_digest(policy), problems_digest(problems), sampling, tools, cfg.eval_rollouts, cfg.seed
     header = {"made_by": hashlib.sha256(repr(about).encode()).hexdigest()}
     lines = [header]
@@ -1647,27 +1647,48 @@ def to_rollout(policy: Policy, problem: Problem, turns: Sequence[str | Observati
     return rollout
 
 
-def read_trajectories(path: Path) -> list[tuple[Problem, list[str | Observation]]]:
-    """Those of a JSONL file of {messages}, or of a distillation."""
-    found = []
+def read_trajectories(path: Path, on_bad_row: str) -> list[data.Trajectory]:
+    """Those of a JSONL file of {messages}, or of a distillation. What RL would not reward is said."""
+    read, pictures, bad = [], [], []  # read: (line, trajectory)
     for number, line in enumerate(read_lines(path), 1):
         for row in [] if "made_by" in line else line.get("rollouts", [line]):
             try:
-                if row.get("messages") != []:  # as are those of a rollout that was wrong
-                    found.append(data.read_trajectory(row, path.parent))
-                    said = "".join(turn for turn in found[-1][1] if isinstance(turn, str))
-                    if tags := [tag for tag in FORBIDDEN if tag in said]:
-                        raise ValueError(f"the assistant says {tags[0]}")
+                if row.get("messages") == []:  # as are those of a rollout that was wrong
+                    continue
+                problem, turns = data.read_trajectory(row, path.parent)
+                said = "".join(turns[::2])
+                if tags := [tag for tag in FORBIDDEN if tag in said]:
+                    raise ValueError(f"the assistant says {tags[0]}")
+                read.append((number, (problem, turns)))
+                pictures.append(all_pictures(problem, turns))
             except (ValueError, TypeError, AttributeError, LookupError) as error:
-                raise ValueError(f"{path}: line {number}: {error}") from error
+                bad.append(f"line {number}: {error}")
+    found = []
+    for (number, trajectory), fault in zip(read, data.picture_faults(pictures, path.name), strict=True):
+        if fault:
+            bad.append(f"line {number}: {fault}")
+        else:
+            found.append(trajectory)
+    data.leave_out(bad, len(found) + len(bad), str(path), on_bad_row)
     if not found:
         raise ValueError(f"{path} holds no trajectory")
-    pictures = []
-    for problem, turns in found:
-        pictures.append([*problem.images, *(image for turn in turns[1::2] for image in turn.images)])
-    if faults := list(filter(None, data.picture_faults(pictures, path.name))):
-        raise ValueError(f"{path}: {len(faults)} trajectories have a broken picture: {faults[0]}")
+    unboxed = sum(extract_answer(turns[-1]) is None for _, turns in found)
+    if unboxed:
+        print(
+            f"{unboxed} of {len(found)} trajectories do not end in the one <answer>\\boxed{{}}</answer> that RL rewards"
+        )
+    known = {schema["function"]["name"] for schema in SCHEMAS}
+    called = {name for _, turns in found for name in re.findall(r'<tool_call>\s*{"name": "(.*?)"', "".join(turns[::2]))}
+    if called - known:
+        print(
+            f"the trajectories call {', '.join(sorted(called - known))}; the tools here are {', '.join(sorted(known))}"
+        )
     return found
+
+
+def all_pictures(problem: Problem, turns: Sequence[str | Observation]) -> list:
+    """Those of the question and of all observations."""
+    return [*problem.images, *(image for seen in turns[1::2] for image in seen.images)]
 
 
 def leave_out_solved(problems: Sequence[Problem], dumps: str) -> list[Problem]:
@@ -1698,7 +1719,9 @@ def train_sft(policy: Policy, trajectories: Sequence, cfg: Config, run: Run) -> 
     encode = encode if cfg.trajectories else lru_cache(None)(encode)  # the toy's are small
     optimizer = make_optimizer(policy)
     for step in run.steps("sft", policy, optimizer, cfg.sft_lr, cfg.sft_steps):
-        rollouts = [encode(i) for i in my_share(draw(len(trajectories), cfg.sft_batch, step, cfg.seed))]
+        drawn = my_share(draw(len(trajectories), cfg.sft_batch, step, cfg.seed))
+        with ThreadPoolExecutor(8) as threads:  # own pictures take their time
+            rollouts = list(threads.map(encode, drawn))
         streams = [Stream(r, r.prompt_len, len(r.ids), 1.0) for r in rollouts]
         total = sum(gather(sum(sum(r.sampled) for r in rollouts)))
 
@@ -1925,7 +1948,7 @@ def diagnose(policy: Policy, problems: Sequence[Problem], cfg: Config, folder: P
     if not is_first():
         return
     table = "\n".join(f"| {name} | {value:.3g} |" for name, value in metrics.items())
-    (folder / "diagnosis.md").write_text(f"| | |\n|---|---|\n{table}\n", encoding="utf-8")
+    data.write(folder / "diagnosis.md", f"| | |\n|---|---|\n{table}\n".encode())
     print(table)
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -1976,7 +1999,7 @@ class Run:
     LINE = ("{step:>4} | reward {reward:.2f} | tool {tool_use:3.0%} | all-wrong {all_wrong:3.0%} | "
             "recovered {recovery:3.0%} | {seconds:.1f} s")  # fmt: skip
 
-    def __init__(self, folder: Path, cfg: Config, problems: Sequence[Problem] = ()):
+    def __init__(self, folder: Path, cfg: Config, weights: int, problems: Sequence[Problem] = ()):
         self.folder, self.cfg = folder, cfg
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
@@ -1984,18 +2007,18 @@ class Run:
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             path, now = folder / "config.json", asdict(cfg)
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
-            now |= {"problems": before.get("problems"), "examples": before.get("examples")}
+            now |= {"weights": weights, "problems": before.get("problems"), "examples": before.get("examples")}
             if cfg.stage in ("all", "rl"):
                 now["problems"] = problems_digest(problems)
             if cfg.stage in ("all", "sft") and cfg.trajectories:
                 now["examples"] = digest(Path(cfg.trajectories))
             changed = [name for name in self.FIXED.split() if before.get(name) != now[name]]
             different = [f"--{name} {before.get(name)!r}" for name in changed]
-            for name in ("problems", "examples"):
+            for name in ("weights", "problems", "examples"):
                 different += [f"other {name}"] * (before.get(name) not in (None, now[name]))
             if different:
                 raise ValueError(f"{folder} was begun with {different[0]}: give another --name, or delete the folder")
-            path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+            data.write(path, json.dumps(now, indent=1).encode())
 
     def made(self, stage: str) -> tuple[int, Path | None]:
         """How many steps of a stage have been made, and their checkpoint. Collective."""
@@ -2058,9 +2081,8 @@ class Run:
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
         """Write a group to rollouts/STEP.html."""
         if is_first() and batch.groups:
-            path = self.folder / "rollouts" / f"{step:06d}.html"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(group_page(batch, policy, f"Step {step}"), encoding="utf-8")
+            page = group_page(batch, policy, f"Step {step}")
+            data.write(self.folder / "rollouts" / f"{step:06d}.html", page.encode())
 
     def draw_curves(self) -> None:
         """curves.png from metrics.jsonl. A step is noisy: a line is a running mean over a twentieth of the steps."""
@@ -2244,6 +2266,8 @@ def completed(cfg: Config) -> Config:
         (bool(cfg.judge_url) != bool(cfg.judge_model), "--judge_url and --judge_model belong together"),
         (not 0 < cfg.eps_low < 1, f"--eps_low must lie between 0 and 1, not {cfg.eps_low}"),
         (not 0 < cfg.eval_top_p <= 1, f"--eval_top_p must lie in (0, 1], not {cfg.eval_top_p}"),
+        (0 in (cfg.lr, cfg.sft_lr), "with a learning rate of 0 nothing is learned"),
+        (learns and cfg.algo == "axpo" and cfg.max_turns < 2, "--max_turns 1 leaves no turn for what a tool returns"),
         (learns and cfg.rollouts_per_question < 2, "--rollouts_per_question 1: one alone has no advantage"),
         (learns and cfg.temperature == 0, "--temperature 0 makes a question's rollouts alike: nothing is learned"),
         (learns and cfg.algo == "axpo" and cfg.ablate in TOOL_REWARD, f"--ablate {cfg.ablate} is for --algo grpo"),
@@ -2266,24 +2290,26 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem], list]:
     if problems and cfg.keep_unsolved:
         problems = leave_out_solved(problems, cfg.keep_unsolved)
     if cfg.stage in ("all", "sft") and cfg.trajectories:
-        trajectories = read_trajectories(Path(cfg.trajectories))
+        trajectories = read_trajectories(Path(cfg.trajectories), cfg.on_bad_row)
     return problems, held_out, trajectories
 
 
-def leave_out_long(policy: Policy, problems: list[Problem], limit: int) -> list[Problem]:
-    """The problems whose prompts take at most `limit` tokens. Pictures are not decoded for it: their size tells."""
+def leave_out_long(policy: Policy, items: list, limit: int, too_long: str) -> list:
+    """Those of problems, or of trajectories, that take at most `limit` tokens. Pictures are not decoded for it: their
+    size tells."""
     frame, kept = len(policy.prompt(Problem("", "", (), (), "text")).ids), []
-    for problem in problems:
-        tokens = frame + len(policy.encode(problem.question))
-        for width, height in map(image_size, problem.images):
+    for item in items:
+        problem, turns = (item, []) if isinstance(item, Problem) else item
+        text, room = problem.question + "".join(turns[::2] + [seen.text for seen in turns[1::2]]), limit - frame
+        for width, height in map(image_size, all_pictures(problem, turns)):
             scale = min(1.0, (policy.max_image_pixels / (width * height)) ** 0.5) / 32  # a token has 32 x 32 pixels
-            tokens += max(64, math.ceil(width * scale) * math.ceil(height * scale))
-        if tokens <= limit:
-            kept.append(problem)
-    left_out = f"{len(problems) - len(kept)} of {len(problems)} questions are longer than --max_prompt_tokens"
-    if problems and not kept:
+            room -= max(64, math.ceil(width * scale) * math.ceil(height * scale))
+        if len(text.encode()) <= room or len(policy.encode(text)) <= room:  # a token has at least one byte
+            kept.append(item)
+    left_out = f"{len(items) - len(kept)} of {len(items)} {too_long}"
+    if items and not kept:
         raise ValueError(left_out)
-    if len(kept) < len(problems):
+    if len(kept) < len(items):
         print(f"{left_out}: left out")
     return kept
 
@@ -2302,8 +2328,11 @@ def main(cfg: Config) -> None:
     print(start_tools(cfg))
     loaded = cfg.model, cfg.stage not in ("distil", "eval", "diagnose")
     policy = load_policy(cfg.model, cfg, loaded[1])
-    problems, held_out = (leave_out_long(policy, some, cfg.max_prompt_tokens) for some in (problems, held_out))
-    run = Run(folder, cfg, problems)  # from here on, and not before, the folder is this run's
+    long, limit = "questions are longer than --max_prompt_tokens", cfg.max_prompt_tokens
+    problems, held_out = (leave_out_long(policy, some, limit, long) for some in (problems, held_out))
+    long = "trajectories are longer than --max_prompt_tokens and --max_response_tokens"
+    trajectories = leave_out_long(policy, trajectories, limit + cfg.max_response_tokens, long)
+    run = Run(folder, cfg, weights_digest(policy), problems)  # from here on, and not before, the folder is this run's
     print(f"run: {folder}")
 
     rows = []
@@ -2339,9 +2368,9 @@ def main(cfg: Config) -> None:
         if stage == "rl" and is_first() and (folder / "metrics.jsonl").exists():
             run.draw_curves()
     if rows and is_first():
-        (folder / "results.json").write_text(json.dumps([finite(row) for row in rows], indent=1), encoding="utf-8")
+        data.write(folder / "results.json", json.dumps([finite(row) for row in rows], indent=1).encode())
         table = results_table(rows)
-        (folder / "results.md").write_text(table + "\n", encoding="utf-8")
+        data.write(folder / "results.md", f"{table}\n".encode())
         print(table)
 
 

@@ -40,7 +40,7 @@ import mpmath
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from tools import SCHEMAS, Observation, Toolbox, ToolConfig, digest, open_image
+from tools import SCHEMAS, Observation, Toolbox, ToolConfig, digest, open_image, png
 
 log = logging.getLogger(__name__)
 CACHE = Path("~/.cache/axpo").expanduser()  # digests of pictures that could be decoded, and of the benchmarks'
@@ -190,7 +190,7 @@ def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a decoded picture of 33 megapixels takes 100 MB
         faults = list(tqdm(pool.map(fault, groups), title, len(groups), disable=len(groups) <= 64))
     with contextlib.suppress(OSError):  # where nothing can be written, the next start decodes again
-        _write(memory, "\n".join(sorted(known | fresh)).encode())
+        write(memory, "\n".join(sorted(known | fresh)).encode())
     return faults
 
 
@@ -498,7 +498,7 @@ def _evaluation_images() -> dict[str, str]:
                 digests = {digest(ref) for _, problem in table.stream(table.rows) for ref in problem.images}
                 demand(not table.bad, "incomplete")
                 with contextlib.suppress(OSError):
-                    _write(memory, "\n".join(digests).encode())
+                    write(memory, "\n".join(digests).encode())
             owners |= dict.fromkeys(digests, name)
         except DataError:
             absent.append(name)
@@ -513,13 +513,11 @@ def to_messages(problem: Problem, turns: Iterable[str | Observation], folder: Pa
 
     def shown(image: bytes | Path | Image.Image) -> dict:
         if isinstance(image, Image.Image):  # a tool's
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            image = buffer.getvalue()
+            image = png(image)
         content = image.read_bytes() if isinstance(image, Path) else image
         with Image.open(io.BytesIO(content)) as opened:
             name = f"images/{digest(content)[:32]}.{opened.format.lower()}"
-        _write(folder / name, content)
+        write(folder / name, content)
         return {"type": "image", "image": name}
 
     images = iter(problem.images)
@@ -533,23 +531,26 @@ def to_messages(problem: Problem, turns: Iterable[str | Observation], folder: Pa
     return messages
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file, unless it holds this already, in one step: another process may read it, or write the same."""
+def write(path: Path, content: bytes) -> None:
+    """Write a file, unless it holds this already, whole or not at all: another process may read it, or write it too."""
     if path.exists() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}.draft")
-    draft.write_bytes(content)
-    draft.replace(path)
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read_trajectory(row: dict, folder: Path) -> Trajectory:
     """The trajectory of a row {messages} in Qwen's or OpenAI's format, or DataError; its texts begin behind `<think>`.
-    Pictures may stand beside the messages, as `images`. Only a system message is dropped, as the policy has its own."""
+    Pictures may stand beside the messages, in a column. Only a system message is dropped, as the policy has its own."""
     understood = {"role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name", "id"}
     messages = row.get("messages") if isinstance(row.get("messages"), list) else []
     demand({*map(type, messages)} == {dict}, "lacks 'messages', a list of {role, content}")
-    beside = [picture(cell, folder) for cell in _leaves(row.get("images")) if cell]
+    beside = [picture(cell, folder) for cell in _cells(row, Source.images) if cell]
     asked, turns = None, []
     for message in messages[messages[0].get("role") == "system" :]:
         text, cells = _content(message.get("content"))
@@ -866,9 +867,7 @@ def draw_town(flags: tuple[str, ...], ground: str, rng: random.Random) -> bytes:
         draw.polygon(((x - 52, y + 22), (x, y - 8), (x + 52, y + 22)), tuple(c // 2 for c in wall), "black")
         draw.rectangle((x - 8, y - 8, x + 8, y + 8), "white")
         draw.rectangle((x - 3, y - 3, x + 2, y + 2), COLOURS[flag])
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return png(image)
 
 
 @dataclass(frozen=True)
@@ -1039,7 +1038,7 @@ def toy_recipe(folder: Path) -> dict:
     for (host, year), town in FAIRS.items():
         url = f"https://fairs.example/{HOSTS[host].lower()}/{year}"
         text += json.dumps({"title": f"{HOSTS[host]} fair {year}", "url": url, "text": f"Held in {town}."}) + "\n"
-    _write(folder / "toy_corpus.jsonl", text.encode())
+    write(folder / "toy_corpus.jsonl", text.encode())
     return {
         "search_corpus": str(folder / "toy_corpus.jsonl"),
         "threads": 2, "questions_per_step": 16, "steps": 130, "lr": 5e-4,

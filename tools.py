@@ -228,6 +228,13 @@ def open_image(source: bytes | Path) -> Image.Image:
         raise ValueError(f"The picture {what} cannot be decoded ({reason}).") from None
 
 
+def png(image: Image.Image) -> bytes:
+    """A decoded picture as a file, packed fast rather than tight."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
 def image_size(source: bytes | Path) -> tuple[int, int]:
     """Width and height of a picture, in pixels as stored, without decoding it."""
     from PIL import Image

@@ -76,7 +76,7 @@ def practised(bench_cfg):
         return path
     folder, pairs = Path(bench_cfg.output_dir) / "practised", data.toy_trajectories(bench_cfg, 0, 1200)
     pairs = [(longer(problem, 142 * (i % 3 == 0)), turns) for i, (problem, turns) in enumerate(pairs)]
-    axpo.train_sft(axpo.load_policy("toy", bench_cfg), pairs, bench_cfg, axpo.Run(folder, bench_cfg))
+    axpo.train_sft(axpo.load_policy("toy", bench_cfg), pairs, bench_cfg, axpo.Run(folder, bench_cfg, 0))
     return str(folder / "sft")
 
 
