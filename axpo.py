@@ -2330,7 +2330,7 @@ def main(cfg: Config) -> None:
     policy = load_policy(cfg.model, cfg, loaded[1])
     long, limit = "questions are longer than --max_prompt_tokens", cfg.max_prompt_tokens
     problems, held_out = (leave_out_long(policy, some, limit, long) for some in (problems, held_out))
-    long = "trajectories are longer than --max_prompt_tokens and --max_response_tokens"
+    long = "trajectories are longer than --max_prompt_tokens + --max_response_tokens"
     trajectories = leave_out_long(policy, trajectories, limit + cfg.max_response_tokens, long)
     run = Run(folder, cfg, weights_digest(policy), problems)  # from here on, and not before, the folder is this run's
     print(f"run: {folder}")

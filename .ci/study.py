@@ -34,7 +34,7 @@ ARMS = {  # name in the table: (options, Pass@1 / Pass@4 of the paper's 8B, the 
 # Student's t for a 95 % interval, by degrees of freedom.
 T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
 COLUMNS = {"Pass@1": "{:.1%}", "Pass@4": "{:.1%}", "tool use": "{:.1%}", "all-wrong": "{:.0%}", "recovery": "{:.0%}",
-           "tokens (M)": "{:.2f}"}  # fmt: skip
+           "tokens (M)": "{:.2f}", "minutes": "{:.1f}"}  # fmt: skip
 
 
 def run(folder: Path, name: str, options: str) -> None:
@@ -49,15 +49,17 @@ def run(folder: Path, name: str, options: str) -> None:
 
 
 def measured(folder: Path) -> list[float]:
-    """The columns of one run: of the held-out problems, then of its last 20 steps, of all steps, of all steps."""
+    """The columns of one run: three of the held-out problems, one of its last 20 steps, three of all steps."""
     final = json.loads((folder / "results.json").read_text())[-1]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = list({row["step"]: row for row in rows if row["stage"] == "rl"}.values())
     wrong = [row["all_wrong"] for row in steps[-20:] if row["all_wrong"] is not None]
     recovery = [row["recovery"] for row in steps if row["recovery"] is not None and row["prefixes"]]
     tokens = sum(row["tokens"] for row in steps) / 1e6
+    phases = ("rollout_seconds", "resample_seconds", "update_seconds")
+    minutes = sum(row.get(phase) or 0 for row in steps for phase in phases) / 60
     mean = lambda values: float(np.mean(values)) if values else math.nan  # noqa: E731
-    return [final["pass@1"], final["pass@4"], final["tool_use"], mean(wrong), mean(recovery), tokens]
+    return [final["pass@1"], final["pass@4"], final["tool_use"], mean(wrong), mean(recovery), tokens, minutes]
 
 
 def summarise(folder: Path, figure: Path) -> None:
