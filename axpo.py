@@ -53,7 +53,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -1744,7 +1744,9 @@ def train_rl(policy: Policy, reference, problems: Sequence[Problem], held_out, c
         drawn = [problems[i] for i in draw(len(problems), cfg.questions_per_step, step, cfg.seed)]
         with gathered(policy):
             batch = axpo_batch(drawn, policy, cfg, step)
-        metrics = {"stage": "rl", "step": step + 1} | batch_metrics(batch, time.time() - began) | policy.seconds
+        seconds = time.time() - began
+        metrics = {"stage": "rl", "step": step + 1} | batch_metrics(batch) | policy.seconds
+        metrics["tokens_per_second"] = metrics["tokens"] / seconds
         began = time.time()
         metrics |= update(policy, reference, optimizer, batch.streams, len(drawn) * cfg.rollouts_per_question, cfg)
         metrics["update_seconds"] = time.time() - began
@@ -1769,7 +1771,7 @@ METRICS = ("reward tool_use reward_tool reward_no_tool all_wrong all_wrong_no_to
            "prefix_recovery same_reward response_length truncated calls_ok")  # fmt: skip
 
 
-def batch_metrics(batch: Batch, seconds: float) -> dict[str, float]:
+def batch_metrics(batch: Batch) -> dict[str, float]:
     """The symptoms of the Thinking-Acting gap, which every step must log (glossary in the README). Shares are of 1;
     lengths in tokens. Over all processes; collective."""
     recovered = [x.prefix.question for x in batch.resamples if x.recovered and x.rollout.used_tool]
@@ -1793,8 +1795,7 @@ def batch_metrics(batch: Batch, seconds: float) -> dict[str, float]:
                          "truncated": r.stop != "answer", "response_length": len(r.ids) - r.prompt_len})  # fmt: skip
             rows += [{"calls_ok": call.ok} for call in r.calls[: r.turns - 1]]
     metrics = means(gather_lists(rows), METRICS)
-    metrics |= {"prefixes": sum(gather(len(batch.resamples))), "tokens": sum(gather(tokens))}
-    return metrics | {"tokens_per_second": metrics["tokens"] / seconds}
+    return metrics | {"prefixes": sum(gather(len(batch.resamples))), "tokens": sum(gather(tokens))}
 
 
 def evaluate(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path, title: str) -> list[dict]:
@@ -1923,28 +1924,27 @@ def diagnose(policy: Policy, problems: Sequence[Problem], cfg: Config, folder: P
     step, with 16 continuations of every all-wrong tool-using rollout. A table and a figure. Collective."""
     from matplotlib.figure import Figure
 
+    cfg = replace(cfg, algo="axpo", ablate="none", rank="entropy", resamples_per_prefix=16, resample_ratio=16.0)
     drawn = [problems[i] for i in draw(len(problems), cfg.questions_per_step, 0, cfg.seed)]
-    began = time.time()
     with gathered(policy):
-        every = replace(cfg, algo="axpo", ablate="none", rank="entropy", resamples_per_prefix=16, resample_ratio=16.0)
-        batch = axpo_batch(drawn, policy, every, 0)
-    metrics = batch_metrics(batch, time.time() - began)
-    counts = gather_lists([sum(r.used_tool for r in group) for group in batch.groups.values()])
-    by_confidence = gather_lists(find_candidates(batch.groups, policy, replace(every, rank="confidence")))
-    confidence = {(prefix.question, prefix.source): prefix.uncertainty for prefix in by_confidence}
-    found = []  # of each prefix: entropy, confidence, share of right continuations, distinct calls
+        batch = axpo_batch(drawn, policy, cfg, 0)
+    metrics = batch_metrics(batch)
+    tool_users = gather_lists([sum(r.used_tool for r in group) for group in batch.groups.values()])
+    by_confidence = gather_lists(find_candidates(batch.groups, policy, replace(cfg, rank="confidence")))
+    confidence_of = {(prefix.question, prefix.source): prefix.uncertainty for prefix in by_confidence}
+    rows = []
     for x in batch.resamples:
-        calls = []
+        distinct = []
         for c in x.continuations:
             call = policy.tokenizer.decode(c.ids[c.calls[0].start : c.calls[0].end])
-            if not any(same_call(call, other) for other in calls):
-                calls.append(call)
-        recovered = mean(c.reward for c in x.continuations)
-        found.append((x.prefix.uncertainty, confidence[x.prefix.question, x.prefix.source], recovered, len(calls)))
-    found = np.array(gather_lists(found)).reshape(-1, 4)
-    metrics["distinct_calls"], metrics["one_call_only"] = mean(found[:, 3]), mean(found[:, 3] == 1)
-    for column, name in enumerate(("entropy", "confidence")):
-        metrics[f"{name}_with_recovery"] = rank_correlation(found[:, column], found[:, 2])
+            if not any(same_call(call, other) for other in distinct):
+                distinct.append(call)
+        confidence = confidence_of[x.prefix.question, x.prefix.source]
+        rows.append((x.prefix.uncertainty, confidence, mean(c.reward for c in x.continuations), len(distinct)))
+    entropy, confidence, recovery, calls = np.array(gather_lists(rows)).reshape(-1, 4).T
+    metrics |= {"distinct_calls": mean(calls), "one_call_only": mean(calls == 1)}
+    metrics["entropy_with_recovery"] = rank_correlation(entropy, recovery)
+    metrics["confidence_with_recovery"] = rank_correlation(confidence, recovery)
     if not is_first():
         return
     table = "\n".join(f"| {name} | {value:.3g} |" for name, value in metrics.items())
@@ -1952,37 +1952,36 @@ def diagnose(policy: Policy, problems: Sequence[Problem], cfg: Config, folder: P
     print(table)
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    left.hist(counts, bins=np.arange(cfg.rollouts_per_question + 2) - 0.5, rwidth=0.8)
+    left.hist(tool_users, range(cfg.rollouts_per_question + 2), align="left", rwidth=0.8)
     left.set(title="Tool-using rollouts of a question", xlabel=f"of {cfg.rollouts_per_question}")
     middle.bar(["with a tool", "without"], [metrics["all_wrong"], metrics["all_wrong_no_tool"]], width=0.6)
     middle.set(title="Subgroups that are all wrong", ylim=(0, 1))
-    right.hist(found[:, 3], bins=np.arange(18) - 0.5, rwidth=0.8)
+    right.hist(calls, range(1, 18), align="left", rwidth=0.8)
     right.set(title="Distinct calls behind one prefix", xlabel="of 16")
     figure.savefig(folder / "diagnosis.png", dpi=110)
 
 
 def same_call(a: str, b: str) -> bool:
     """Do two calls mean the same: the same tool and arguments, where case, blanks and the order of keys do not count,
-    and boxes of which half is common? What is no call is compared as it is written."""
-    try:
-        told = [json.loads(" ".join(call.lower().removesuffix("</tool_call>").split())) for call in (a, b)]
-        boxes = [np.reshape(call["arguments"].pop("bbox_2d", [0, 0, 1, 1]), (2, 2)).astype(float) for call in told]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return a == b
-    (a1, a2), (b1, b2) = boxes
-    common = (np.minimum(a2, b2) - np.maximum(a1, b1)).clip(0).prod()
-    areas = (a2 - a1).prod(), (b2 - b1).prod()
-    return told[0] == told[1] and bool(common >= (sum(areas) - common) / 2)
+    and boxes of which half is common? What is no call is compared as text."""
+    a, b = (" ".join(call.lower().removesuffix("</tool_call>").split()) for call in (a, b))
+    with suppress(Exception):  # the policy may have written anything: no JSON, no arguments, no boxes
+        a, b = json.loads(a), json.loads(b)
+        boxes = [call["arguments"]["bbox_2d"] for call in (a, b)]
+        (a1, a2), (b1, b2) = np.reshape(boxes, (2, 2, 2)).astype(float)  # their corners (x, y)
+        common = (np.minimum(a2, b2) - np.maximum(a1, b1)).clip(0).prod()
+        union = (a2 - a1).prod() + (b2 - b1).prod() - common
+        if 0 < union <= 2 * common:
+            b["arguments"]["bbox_2d"] = a["arguments"]["bbox_2d"]
+    return a == b
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, where equal values share their mean rank; nan if one of them does not vary."""
-    ranks = []
-    for values in (a, b):
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum() - (counts - 1) / 2)[place])
-    varied = len(a) > 1 and all(rank.std() for rank in ranks)
-    return float(np.corrcoef(*ranks)[0, 1]) if varied else math.nan
+    """Spearman's, of (n,) and (n,); nan if one of them does not vary."""
+    # A value's rank, but for a factor: how many lie below it, less how many above. Equal values get the same.
+    a, b = (np.sign(values[:, None] - values).sum(1) for values in (a, b))
+    scale = (a @ a * (b @ b)) ** 0.5
+    return float(a @ b / scale) if scale else math.nan
 
 
 # === 11. The run's folder: logs, checkpoints, pictures ================================================================

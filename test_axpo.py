@@ -677,6 +677,8 @@ def test_calls_are_the_same_up_to_spelling_and_half_of_a_box_and_ranks_correlate
         (call % ("[0, 0, 9, 9]", "a"), call % ("[0, 0, 9, 9]", "b"), False), (call % ("[]", "a"), call % ("[1]", "a"), False),
         ('{"name": "f", "arguments": {"x": 1,  "y": "A"}}', '{"arguments": {"y": "a", "x": 1}, "name": "f"}\n', True),
         ("no call", "no call", True), ("no call", "another", False), ("[1]", "[2]", False),
+        (call % ("[9, 9, 0, 0]", "a"), call % ("[9, 9, 0, 1]", "a"), False), ("[" * 10**5, "[", False),
+        (call % ("[0, 0, 9, 9]", "a"), call.replace("bbox_2d", "box") % ("[0, 0, 9, 9]", "a"), False),
     ):  # fmt: skip
         assert axpo.same_call(a, b) == axpo.same_call(b, a) == same and axpo.same_call(a, a)
     a, b = np.array([1, 2, 2, 3]), np.array([10.0, 5, 7, 0])
@@ -2491,7 +2493,7 @@ def updates_by_hand(cfg, folder):
     policy = axpo.load_policy("runs/hand/sft", cfg, trained=False)
     with axpo.gathered(policy):
         batch = axpo.axpo_batch(data.load("mine.jsonl")[:1], policy, cfg, 0)
-    found.append((axpo.batch_metrics(batch, 1.0), sum(map(len, axpo.gather(batch.groups)))))
+    found.append((axpo.batch_metrics(batch), sum(map(len, axpo.gather(batch.groups)))))
     folder.mkdir(exist_ok=True)
     axpo.distil(policy, data.load("mine.jsonl"), cfg, folder / "trajectories.jsonl")
     if axpo.is_first():
