@@ -1614,7 +1614,11 @@ def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path)
     def keep(rollout: Rollout) -> dict:
         said = policy.tokenizer.decode([i for i, own in zip(rollout.ids, rollout.sampled) if own])
         right = rollout.reward == 1 and not any(tag in said for tag in FORBIDDEN)  # spelled in pieces: not readable
-        messages = data.to_messages(rollout.problem, turns_of(policy, rollout), path.parent) if right else []
+        messages = (
+            data.to_messages(rollout.problem, turns_of(policy, rollout, rollout.prompt_len), path.parent)
+            if right
+            else []
+        )
         return {"used_tool": rollout.used_tool, "messages": messages}
 
     # Paper leaves this open: the teacher is sampled as in training.
@@ -1624,10 +1628,10 @@ def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path)
     print(f"{len(used)} of {len(rows)} trajectories are kept, {sum(used)} of them with a tool call: {path}")
 
 
-def turns_of(policy: Policy, rollout: Rollout) -> list[str | Observation]:
-    """What the assistant said and what the tools returned, in turn."""
+def turns_of(policy: Policy, rollout: Rollout, start: int) -> list[str | Observation]:
+    """What the assistant said and what the tools returned, in turn, from the token `start` of the first turn on."""
     turns, observations = [], iter(rollout.observations)
-    for own, span in groupby(range(rollout.prompt_len, len(rollout.ids)), key=lambda j: rollout.sampled[j]):
+    for own, span in groupby(range(start, len(rollout.ids)), key=lambda j: rollout.sampled[j]):
         ids = [rollout.ids[j] for j in span]
         turns.append(policy.tokenizer.decode(ids[:-1] if ids[-1] in policy.eos else ids) if own else next(observations))
     return turns
@@ -2079,8 +2083,8 @@ class Run:
 
     def show(self, step: int, batch: Batch, policy: Policy) -> None:
         """Write a group to rollouts/STEP.html."""
-        if is_first() and batch.groups:
-            page = group_page(batch, policy, f"Step {step}")
+        if is_first() and batch.streams:
+            page = group_page(batch, policy, step)
             data.write(self.folder / "rollouts" / f"{step:06d}.html", page.encode())
 
     def draw_curves(self) -> None:
@@ -2113,12 +2117,52 @@ class Run:
         figure.savefig(self.folder / "curves.png", dpi=110)
 
 
-STYLE = """body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0.3rem 0 }
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<style>body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
+pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.3rem 0 }
 img { display: block; max-width: 100%; max-height: 15rem; border: 1px solid #ccc }
-section { border-left: 4px solid #bbb; padding-left: 0.7rem; margin: 1rem 0 } section section { margin-left: 0.5rem }
-h3 { font-size: 1rem; margin: 0 } .right > h3 { color: #17803d } .wrong > h3 { color: #b3261e }
-.right { border-color: #17803d } .wrong { border-color: #b3261e } .masked, .observation { color: #767676 }"""
+section { border-left: 4px solid #bbb; padding-left: 0.7rem; margin: 1rem 0 } .fork { margin-left: 2rem }
+.right { border-color: #17803d } .wrong { border-color: #b3261e }</style>
+"""
+
+
+def group_page(batch: Batch, policy: Policy, step: int) -> str:
+    """A question's rollouts as a page of HTML. Under each resampled prefix stand its forks: what its source wrote next,
+    which is not trained on, and what was drawn instead. The question is that of the prefix with the most credit."""
+    problem = max(batch.streams, key=lambda s: (s.kind == "prefix", s.advantage)).rollout.problem
+    sources = {}  # of the prefixes: the rollouts that they were cut from
+    for x in batch.resamples:
+        if x.prefix.question in batch.groups:  # else another process has it
+            sources[x.rollout] = batch.groups[x.prefix.question][x.prefix.source]
+    question = html.escape(problem.question)
+    for image in problem.images:
+        question = question.replace(html.escape(data.MARKER), picture_tag(image), 1)
+    page = f"{PAGE}<title>Step {step}</title><h2>Step {step}</h2><p>{question}</p>"
+    page += f"<p>Gold answer: {html.escape(problem.answers[0])}</p>"
+    for s in sorted(batch.streams, key=lambda s: s.kind == "rollout"):  # the tree comes first
+        if s.rollout.problem is problem:
+            page += page_section(policy, s.kind, s.rollout, s.start, s.advantage)
+            if s.rollout in sources:
+                page += page_section(policy, "original continuation", sources[s.rollout], s.end)
+    return page
+
+
+def page_section(policy: Policy, name: str, rollout: Rollout, start: int, advantage: float | None = None) -> str:
+    """A rollout from `start` on: what the policy wrote tinted by its advantage, all that is not trained on in grey."""
+    verdict = {1.0: "right", 0.0: "wrong"}.get(rollout.reward, "")
+    place = "fork" if start > rollout.prompt_len else ""
+    credit, look = "not trained on", "color: dimgray"
+    if advantage is not None:
+        hue, opacity = 120 * (advantage > 0), abs(advantage) / 5  # green or red
+        credit, look = f"advantage {advantage:+.2f}", f"background: hsl({hue} 70% 40% / {opacity:.2f})"
+    section = f'<section class="{verdict} {place}"><b>{verdict} {name}, {credit}</b>'
+    for turn in turns_of(policy, rollout, start):
+        if isinstance(turn, Observation):
+            section += f'<pre style="color: dimgray">{html.escape(turn.text)}</pre>'
+            section += "".join(map(picture_tag, turn.images))
+        else:
+            section += f'<pre style="{look}">{html.escape(turn)}</pre>'
+    return section + "</section>\n"
 
 
 def picture_tag(image) -> str:
@@ -2128,55 +2172,6 @@ def picture_tag(image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
-
-def group_page(batch: Batch, policy: Policy, title: str) -> str:
-    """A question's group as a page of HTML: its rollouts, and as a tree each resampled prefix with what its source
-    wrote behind it, which is not trained on, and what was drawn instead. Tokens are tinted by their advantage. The
-    group is a recovered one, if there is one, with as many right as wrong."""
-    streams = {s.rollout: s for s in batch.streams}
-    mixed = lambda x: -abs(mean(x.prefix.rewards) - 0.5)  # noqa: E731
-    shown = max(batch.resamples, key=lambda x: (x.recovered, mixed(x)), default=None)
-    question = shown.prefix.question if shown else min(batch.groups)
-    group = batch.groups.get(question, [])  # another process's, perhaps
-
-    def branch(name: str, r: Rollout, start: int, forks: str = "") -> str:
-        stream, told, observations = streams.get(r), "", iter(r.observations)
-        tint = "not trained on"
-        if stream:
-            tint = f"advantage {stream.advantage:+.2f}"
-            colour = "23, 128, 61" if stream.advantage > 0 else "179, 38, 30"
-            style = f"background: rgba({colour}, {min(0.4, abs(stream.advantage) / 4):.2f})"
-        for own, span in groupby(range(start, len(r.ids)), key=lambda j: r.sampled[j]):
-            ids = [r.ids[j] for j in span if r.ids[j] != policy.image_id]
-            said = html.escape(policy.tokenizer.decode(ids))
-            if own:
-                told += f'<span style="{style}">{said}</span>' if stream else f'<span class="masked">{said}</span>'
-            else:
-                seen = next(observations, None)
-                told += f'<span class="observation">{said}</span>'
-                told += "".join(map(picture_tag, seen.images if seen else []))
-        verdict = {1.0: "right", 0.0: "wrong"}.get(r.reward, "")
-        heading = ", ".join(filter(None, (name, verdict, tint)))
-        return f'<section class="{verdict}"><h3>{heading}</h3><pre>{told}</pre>{forks}</section>'
-
-    problem = (shown.rollout if shown else group[0]).problem
-    asked = html.escape(problem.question)
-    for image in problem.images:
-        asked = asked.replace(html.escape(data.MARKER), picture_tag(image), 1)
-    body = f"<h2>{html.escape(title)}</h2><p>{asked}</p><p>Gold answer: {html.escape(problem.answers[0])}</p>"
-    for x in [x for x in batch.resamples if x.prefix.question == question]:
-        forks, start = "", len(x.rollout.ids)
-        if group:
-            forks = branch("what the source wrote next", group[x.prefix.source], start)
-        for k, continuation in enumerate(x.continuations, 1):
-            forks += branch(f"continuation {k}", continuation, continuation.parent_len)
-        body += branch("prefix, " + "not " * (not x.recovered) + "recovered", x.rollout, x.rollout.prompt_len, forks)
-    for i, rollout in enumerate(group, 1):
-        if rollout in streams:
-            body += branch(f"rollout {i}", rollout, rollout.prompt_len)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title>{body}</html>\n'
 
 
 def finite(row: dict) -> dict:

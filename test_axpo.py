@@ -689,13 +689,14 @@ def test_calls_are_the_same_up_to_spelling_and_half_of_a_box_and_ranks_correlate
 def test_a_page_shows_the_group_as_a_tree_and_escapes_what_the_policy_wrote(monkeypatch, policy, cfg):
     monkeypatch.setitem(globals(), "SCRIPT", SCRIPT | {("flag", 3, 0): (1,), ("text", 1, 0): (0,)})
     batch = scripted_batch(policy, cfg)
-    group = batch.groups[1]
-    group[0].append(policy.encode("<b>&</b>"), [-1.0] * 8, [1.0] * 8)
-    del group[0].ids[group[0].prompt_len + 8 :]
-    page = axpo.group_page(batch, policy, "a < b")
-    assert page.count("<section") == 4 + 2 + 2 - 1 and page.count("</section>") == 7 and "a &lt; b" in page
+    written = policy.encode("<b>&</b>")
+    batch.groups[1][0].append(written, [-1.0] * len(written), [1.0] * len(written))
+    page = axpo.group_page(batch, policy, 7)
+    assert page.count("<section") == 4 + 2 + 2 - 1 and page.count("</section>") == 7 and "Step 7" in page
+    assert page.count("fork") == 1 + 2 + 1 and page.count("right continuation, advantage +0.71") == 1
+    assert page.count("wrong original continuation, not trained on") == 1 and "&lt;b&gt;&amp;&lt;/b&gt;" in page
     assert page.count("data:image/png;base64,") == 1 and "<script" not in page and "http" not in page
-    assert "prefix, recovered, advantage +1.50" in page and page.count("not trained on") == 1 and "<b>" not in page
+    assert "prefix, advantage +1.50" in page and page.count("not trained on") == 1 and "<b>&" not in page
 
 
 # --- The update --------------------------------------------------------------------------------------------------------
