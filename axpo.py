@@ -2101,11 +2101,8 @@ class Run:
         figure = Figure(figsize=(10, 6), layout="constrained")
         for axis, (title, (stage, *names)) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
             for name in names:
-                steps, values = [], []
-                for (of, step), row in sorted(rows.items()):
-                    if of == stage and row.get(name) is not None:
-                        steps.append(step)
-                        values.append(row[name])
+                shown = [row for _, row in sorted(rows.items()) if row["stage"] == stage and row.get(name) is not None]
+                steps, values = [row["step"] for row in shown], [row[name] for row in shown]
                 window = max(1, len(values) // 20)
                 smooth = [mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
                 axis.plot(steps, values, color="0.85", linewidth=0.8)
