@@ -1767,8 +1767,8 @@ def mean(values: Iterable[float]) -> float:
 
 
 def means(rows: Sequence[dict], names: str) -> dict[str, float]:
-    """Of each name the mean over the rows that have it."""
-    return {name: mean(row[name] for row in rows if name in row) for name in names.split()}
+    """Of each name the mean over the rows that have it, and not as null."""
+    return {name: mean(row[name] for row in rows if row.get(name) is not None) for name in names.split()}
 
 
 METRICS = ("reward tool_use reward_tool reward_no_tool all_wrong all_wrong_no_tool all_wrong_after recovery "
@@ -1849,8 +1849,7 @@ def evaluation_rows(path: Path, cfg: Config, title: str) -> list[dict]:
         interval = 1.96 * float(np.std(rights) / n / len(rights) ** 0.5)
         rows.append(about | {"problems": len(problems), "pass@1": found["pass@1"], "+-": interval} | found)
     if len(rows) > 1:
-        defined = [{name: x for name, x in finite(row).items() if x is not None} for row in rows]
-        whole = means(defined, " ".join(list(rows[0])[3:]))
+        whole = means([finite(row) for row in rows], " ".join(list(rows[0])[3:]))
         whole["+-"] = sum(row["+-"] ** 2 for row in rows) ** 0.5 / len(rows)
         label = "all" + "*" * any(row["data"][-1] == "*" for row in rows)
         rows.insert(0, {"data": label, "checkpoint": title, "problems": sum(row["problems"] for row in rows)} | whole)
