@@ -38,7 +38,6 @@ import base64
 import gc
 import hashlib
 import html
-import io
 import json
 import math
 import os
@@ -74,7 +73,7 @@ from tqdm import tqdm
 
 import data
 from data import Problem
-from tools import SCHEMAS, Observation, Toolbox, ToolConfig, digest, image_size, open_image
+from tools import SCHEMAS, Observation, Toolbox, ToolConfig, digest, image_size, open_image, png
 from tools import start as start_tools
 
 
@@ -1614,11 +1613,8 @@ def distil(policy: Policy, problems: Sequence[Problem], cfg: Config, path: Path)
     def keep(rollout: Rollout) -> dict:
         said = policy.tokenizer.decode([i for i, own in zip(rollout.ids, rollout.sampled) if own])
         right = rollout.reward == 1 and not any(tag in said for tag in FORBIDDEN)  # spelled in pieces: not readable
-        messages = (
-            data.to_messages(rollout.problem, turns_of(policy, rollout, rollout.prompt_len), path.parent)
-            if right
-            else []
-        )
+        turns = turns_of(policy, rollout, rollout.prompt_len)
+        messages = data.to_messages(rollout.problem, turns, path.parent) if right else []
         return {"used_tool": rollout.used_tool, "messages": messages}
 
     # Paper leaves this open: the teacher is sampled as in training.
@@ -2165,9 +2161,7 @@ def picture_tag(image) -> str:
     """A picture, decoded or not, inside the page itself, no larger than it is shown."""
     image = open_image(image) if isinstance(image, bytes | Path) else image.copy()
     image.thumbnail((960, 480))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png(image)).decode()}">'
 
 
 def finite(row: dict) -> dict:
