@@ -1649,22 +1649,22 @@ def to_rollout(policy: Policy, problem: Problem, turns: Sequence[str | Observati
 
 def read_trajectories(path: Path, on_bad_row: str) -> list[data.Trajectory]:
     """Those of a JSONL file of {messages}, or of a distillation. What RL would not reward is said."""
-    read, pictures, bad = [], [], []  # read: (line, trajectory)
+    read, bad = [], []  # read: (line, trajectory)
     for number, line in enumerate(read_lines(path), 1):
         for row in [] if "made_by" in line else line.get("rollouts", [line]):
             try:
                 if row.get("messages") == []:  # as are those of a rollout that was wrong
                     continue
-                problem, turns = data.read_trajectory(row, path.parent)
-                said = "".join(turns[::2])
+                trajectory = data.read_trajectory(row, path.parent)
+                said = "".join(trajectory[1][::2])
                 if tags := [tag for tag in FORBIDDEN if tag in said]:
                     raise ValueError(f"the assistant says {tags[0]}")
-                read.append((number, (problem, turns)))
-                pictures.append(all_pictures(problem, turns))
+                read.append((number, trajectory))
             except (ValueError, TypeError, AttributeError, LookupError) as error:
                 bad.append(f"line {number}: {error}")
     found = []
-    for (number, trajectory), fault in zip(read, data.picture_faults(pictures, path.name), strict=True):
+    faults = data.picture_faults([all_pictures(*trajectory) for _, trajectory in read], path.name)
+    for (number, trajectory), fault in zip(read, faults, strict=True):
         if fault:
             bad.append(f"line {number}: {fault}")
         else:
@@ -1674,15 +1674,12 @@ def read_trajectories(path: Path, on_bad_row: str) -> list[data.Trajectory]:
         raise ValueError(f"{path} holds no trajectory")
     unboxed = sum(extract_answer(turns[-1]) is None for _, turns in found)
     if unboxed:
-        print(
-            f"{unboxed} of {len(found)} trajectories do not end in the one <answer>\\boxed{{}}</answer> that RL rewards"
-        )
-    known = {schema["function"]["name"] for schema in SCHEMAS}
-    called = {name for _, turns in found for name in re.findall(r'<tool_call>\s*{"name": "(.*?)"', "".join(turns[::2]))}
-    if called - known:
-        print(
-            f"the trajectories call {', '.join(sorted(called - known))}; the tools here are {', '.join(sorted(known))}"
-        )
+        print(f"{unboxed} of {len(found)} trajectories do not end in <answer>\\boxed{{}}</answer>, as RL demands")
+    tools, called = {schema["function"]["name"] for schema in SCHEMAS}, set()
+    for _, turns in found:
+        called.update(re.findall(r'<tool_call>\s*{"name": "(.*?)"', "".join(turns[::2])))
+    if called - tools:
+        print(f"trajectories call {', '.join(sorted(called - tools))}, but the tools are {', '.join(sorted(tools))}")
     return found
 
 

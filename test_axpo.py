@@ -2247,7 +2247,7 @@ def test_a_bad_trajectory_is_named_by_its_line_a_cut_last_line_is_left_out_and_a
             axpo.read_trajectories(file, "stop")
     assert len(axpo.read_trajectories(file, "skip")) == 2
     said = capsys.readouterr().out
-    assert "2 of 2 trajectories do not end in" in said and "call browser; the tools here are image_zoom_in, py" in said
+    assert "2 of 2 trajectories do not end in" in said and "call browser, but the tools are image_zoom_in, py" in said
     file.write_text('\ufeff{"a": "\u2028\\u2028"}\n\n{"a": 2}\n{"a": ', encoding="utf-8")
     assert list(axpo.read_lines(file)) == [{"a": "\u2028\u2028"}, {"a": 2}]
     file, limits = tmp_path / "new.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
