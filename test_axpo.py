@@ -257,26 +257,22 @@ def merging_tokenizer(policy):
     return axpo.Policy(model, tokenizer, policy.image_processor)
 
 
-def with_text_at_every_seam(policy, text):
-    """Ids of a rollout with `text` at every seam of question and observations, and what they spell."""
-    parts, images = [text, f"{text} as wide as{text}", text], [picture(32, 32)] * 2  # which take one token
-    asked = problem(question="<image>".join(parts), images=images)
-    r = talk(policy, asked, SCRIPTED_CALL % "{}", (text, images), "Hm", (text, []))
-    content = [item for part in parts for item in ({"type": "image"}, {"type": "text", "text": part})][1:]
-    messages = [{"role": "system", "content": data.SYSTEM_PROMPT}, {"role": "user", "content": content}]
-    spelled = policy.tokenizer.apply_chat_template(messages, tools=SCHEMAS, tokenize=False, add_generation_prompt=True)
-    return r.ids, spelled + SCRIPTED_CALL % "{}" + HEAD + 2 * IMAGE + text + TAIL + "Hm" + HEAD + text + TAIL
-
-
 @pytest.mark.parametrize("tokenizer", ["toy", "merging"])
 def test_ids_are_those_of_the_whole_text_at_every_seam_where_foreign_control_tokens_are_text(policy, tokenizer):
     policy = policy if tokenizer == "toy" else merging_tokenizer(policy)
-    control = set(policy.tokenizer.get_added_vocab().values())
-    framed = [i for i in with_text_at_every_seam(policy, "o")[0] if i in control]
+    control, framed = set(policy.tokenizer.get_added_vocab().values()), []
     for text in PLAIN + SPELLED:
-        ids, spelled = with_text_at_every_seam(policy, text)
-        assert policy.tokenizer.decode(ids) == spelled and [i for i in ids if i in control] == framed
+        parts, images = [text, f"{text} as wide as{text}", text], [picture(32, 32)] * 2  # which take one token
+        asked = problem(question="<image>".join(parts), images=images)
+        ids = talk(policy, asked, SCRIPTED_CALL % "{}", (text, images), "Hm", (text, [])).ids
+        content = [item for part in parts for item in ({"type": "image"}, {"type": "text", "text": part})][1:]
+        messages = [{"role": "system", "content": data.SYSTEM_PROMPT}, {"role": "user", "content": content}]
+        prompt = policy.tokenizer.apply_chat_template(messages, SCHEMAS, tokenize=False, add_generation_prompt=True)
+        spelled = prompt + SCRIPTED_CALL % "{}" + HEAD + 2 * IMAGE + text + TAIL + "Hm" + HEAD + text + TAIL
+        assert policy.tokenizer.decode(ids) == spelled
         assert (ids == policy.tokenizer(spelled, add_special_tokens=False).input_ids) == (text in PLAIN)
+        framed.append([i for i in ids if i in control])
+    assert all(tokens == framed[0] for tokens in framed)  # whatever the text
     apart = policy.encode("ends.") + policy.encode("\n</tool_response>")
     assert (policy.encode("ends.\n</tool_response>") != apart) == (tokenizer == "merging")
 
@@ -295,11 +291,9 @@ def test_a_picture_is_seen_upright_and_within_its_limit_and_long_questions_are_l
     assert axpo.leave_out_long(policy, problems, 300, "are long") == problems[:2]
     with pytest.raises(ValueError, match="^1 of 1 are long$"):
         axpo.leave_out_long(policy, problems[2:], 300, "are long")
-    told = [
-        (problems[0], ["Da." * n, tools.Observation("o" * n, [encoded(photo)] * (n % 5), True), "x"])
-        for n in (1, 4, 99)
-    ]
-    assert axpo.leave_out_long(policy, told, 290, "are long") == told[:1]
+    seen = [Observation("o" * n, [encoded(photo)] * (n % 5), True) for n in (1, 4, 99)]
+    trajectories = [(problems[0], ["Da.", observation, "x"]) for observation in seen]
+    assert axpo.leave_out_long(policy, trajectories, 290, "are long") == trajectories[:1]
     assert capsys.readouterr().out == "1 of 3 are long: left out\n2 of 3 are long: left out\n"
 
 
@@ -567,24 +561,25 @@ def place(r):
     return (r.problem.id, *r.seed[3:4], *r.seed[5:])
 
 
-def run_scripted(encode, rollouts, count, title):
-    """Stands for an engine's `run`."""
-    for r in rollouts:
-        right, *entropies = SCRIPT[place(r)]
-        texts = ["Hm.\n</think>\n\n<tool_call>", "{}</tool_call>"] if entropies else []
-        for text, entropy in zip(texts, entropies):
-            ids = encode(text) if entropy else []
-            r.calls += [axpo.Call(len(r.ids), len(r.ids) + len(ids))] if text == texts[1] else []
-            r.append(ids, [-(entropy or 0)] * len(ids), [entropy] * len(ids))
-        r.append(encode("</answer>"), [-2.0] * len(encode("</answer>")), [9.0] * len(encode("</answer>")))
-        r.stop, r.response = "answer", SCRIPTED_ANSWER if right else SCRIPTED_ANSWER.replace("{1}", "{2}")
-        yield r
-
-
 def scripted_batch(policy, cfg, **options):
-    sizes = {"rollouts_per_question": 4, "resamples_per_prefix": 2, "resample_ratio": 0.4}
+    def run(rollouts, count, title):  # stands for an engine's
+        for r in rollouts:
+            right, *entropies = SCRIPT[place(r)]
+            texts = ["Hm.\n</think>\n\n<tool_call>", "{}</tool_call>"] if entropies else []
+            for text, entropy in zip(texts, entropies):
+                ids = policy.encode(text) if entropy else []
+                r.calls += [axpo.Call(len(r.ids), len(r.ids) + len(ids))] if text == texts[1] else []
+                r.append(ids, [-(entropy or 0)] * len(ids), [entropy] * len(ids))
+            r.append(end, [-2.0] * len(end), [9.0] * len(end))
+            r.stop, r.response = "answer", SCRIPTED_ANSWER if right else SCRIPTED_ANSWER.replace("{1}", "{2}")
+            yield r
+
+    sizes, end = (
+        {"rollouts_per_question": 4, "resamples_per_prefix": 2, "resample_ratio": 0.4},
+        policy.encode("</answer>"),
+    )
     with pytest.MonkeyPatch.context() as patch:  # floor(0.4 * 4 * 4 / 2) = 3 prefixes
-        patch.setattr(axpo, "Engine", lambda *_: SimpleNamespace(run=partial(run_scripted, policy.encode)))
+        patch.setattr(axpo, "Engine", lambda *_: SimpleNamespace(run=run))
         problems = [TEXT, FLAG, PAIR, replace(TEXT, id="cut")]
         return axpo.axpo_batch(problems, policy, replace(cfg, **{**sizes, **options}), 0)
 
@@ -617,7 +612,7 @@ def test_budget_breadth_and_the_calls_uncertainty_choose_prefixes_which_stay_as_
     assert all(span == ("rollout", r.prompt_len, len(r.ids)) for r, span in spans.items())
 
 
-def test_credit_of_rollouts_prefixes_and_continuations_by_hand_and_what_each_ablation_changes(monkeypatch, policy, cfg):
+def test_credit_of_rollouts_prefixes_and_continuations_by_hand_and_what_each_ablation_changes(policy, cfg):
     def credits(batch, kind):
         return {place(s.rollout): s.advantage for s in batch.streams if s.kind == kind}
 
@@ -630,10 +625,9 @@ def test_credit_of_rollouts_prefixes_and_continuations_by_hand_and_what_each_abl
     # Of two siblings one is right: 1/2 from the mean, std sqrt(1/2).
     continuations = {(*source, k): 0.0 for source in (("text", 0), ("flag", 3)) for k in range(2)}
     continuations |= {("text", 1, 0): math.sqrt(0.5), ("text", 1, 1): -math.sqrt(0.5)}
-    expected = {"rollout": rollouts, "prefix": prefixes, "continuation": continuations}
-    assert len(whole.streams) == sum(map(len, expected.values())) == 16 - 3 + 3 + 6
-    for kind, by_hand in expected.items():
-        assert credits(whole, kind) == pytest.approx(by_hand, abs=1e-5)
+    assert credits(whole, "rollout") == pytest.approx(rollouts, abs=1e-5)
+    assert credits(whole, "prefix") == pytest.approx(prefixes, abs=1e-5)
+    assert credits(whole, "continuation") == pytest.approx(continuations, abs=1e-5)
     batch = scripted_batch(policy, cfg, ablate="prefix_credit")  # the source's own reward, 0, stays: [0, 0, 1, 0]
     assert credits(batch, "prefix") == pytest.approx({**prefixes, ("text", 1): -0.5}, abs=1e-5)
     assert credits(batch, "continuation") == credits(whole, "continuation")
@@ -649,8 +643,7 @@ def test_credit_of_rollouts_prefixes_and_continuations_by_hand_and_what_each_abl
         found = credits(scripted_batch(policy, cfg, algo="grpo", ablate=ablate), "rollout")
         paid = axpo.group_advantages(torch.tensor([1 + call, call, 0, 0])).tolist()
         assert [found["pair", i] for i in range(4)] == pytest.approx(paid)
-    script = {(0, 0): turn_ids(policy, SCRIPTED_ANSWER)}  # without a call what follows the thinking is drawn anew
-    (r,) = play(monkeypatch, policy, siblings(policy, [TEXT], 1), script, cfg)
+    r = talk(policy, TEXT, SCRIPTED_ANSWER)  # without a call what follows the thinking is drawn anew
     start, end = axpo.first_action(r, policy)
     assert r.ids[start - 1] == policy.think_close and end == len(r.ids)
     r.reward = 0.0
@@ -728,7 +721,6 @@ def test_tool_output_gets_no_gradient_and_all_else_transformers_own(tree, theirs
     vocabulary's layer, through which all gradient must go, sees what comes before a sampled token alone."""
     streams, seen = [s for s in tree if s.rollout.problem.id == "pair"], []
     error = 0.02 if dtype == torch.bfloat16 else 1e-5
-    assert len({p.cells for s in streams for p in s.rollout.pictures}) == 5
     model, ours = copy.deepcopy(theirs).to(dtype), fresh(policy, dtype)
     expected, mask = padded_logps(model, streams, temperature, policy.bias)
     for i, s in enumerate(streams):
@@ -765,13 +757,10 @@ def test_each_segment_is_computed_once_dearest_micro_batches_first_and_recompute
         ours, calls = fresh(policy, recompute=recompute), []
         for part in (ours.model.model.language_model.layers[0], ours.model.model.visual.blocks[0]):
             part.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        with torch.no_grad():
-            axpo.stream_logps(ours, streams, 1.0)
-        assert len(calls) == 2
         logps, mask = axpo.stream_logps(ours, streams, 1.0)
-        assert len(calls) == 4
+        assert len(calls) == 2
         logps[mask].sum().backward()
-        assert len(calls) == 4 + more
+        assert len(calls) == 2 + more
         gradients.append(gradient(ours))
     assert torch.equal(*gradients)
 
@@ -1477,8 +1466,6 @@ def test_what_is_equal_is_right_and_what_is_different_or_uncomputed_or_hedged_or
         question, gold, *answers = row.split(" | ")
         for answer, reward in zip(answers, (1.0, 0.0)):
             assert answer == "-" or axpo.grade(problem(gold, question=question), response(answer)) == reward, answer
-    rewards = [axpo.grade(problem("3.142"), response(near), tolerance=1e-3) for near in ("3.1425", "3.1435")]
-    assert rewards == [1.0, 0.0] and not axpo.grade(problem("3.142"), response("3.1425"))
 
 
 @pytest.mark.parametrize(("gold", "kind"), GOLDS)
@@ -1678,12 +1665,10 @@ def test_traps_orders_aliases_parts_and_kinds_survive_and_a_mixture_draws_from_e
     assert data._Table("hrbench4k").rows["hrbench4k/4"] == 4  # gigabytes, were its row kept with the picture
     (problem,) = own(tmp_path, {"question": "Which?", "options": ["<image1>", "<image2>"], "answer": "B"} | PAIR_OF)
     assert (problem.question, problem.options) == ("Which?\nA. <image>\nB. <image>", ("A", "B"))
-    sources = [problem.source for problem in data.load("pyvision, fvqa:7")]
-    assert sources.count("pyvision") == 40 and sources.count("fvqa") == 7
     toy = [data.Problem(f"toy/{k}", "Q", (), ("1",), "math") for k in range(1000)]
     monkeypatch.setitem(data.MADE, "toy", lambda: toy)
-    drawn = [("pyvision,fvqa:7", 9), ("paper-sft", 100), ("toy", None), ("toy", 5), ("toy:3,pyvision", None)]
-    assert [len(data.load(*arguments)) for arguments in drawn] == [9, 100, 1000, 5, 43]
+    drawn = [("pyvision, fvqa:7", 9), ("paper-sft", 100), ("toy", None), ("toy", 5), ("toy:3,fvqa:7,pyvision", None)]
+    assert [len(data.load(*arguments)) for arguments in drawn] == [9, 100, 1000, 5, 3 + 7 + 40]
 
 
 def test_training_rows_but_ones_own_lose_what_evaluation_or_an_earlier_part_has(hub, tmp_path, caplog, monkeypatch):
@@ -1800,13 +1785,11 @@ def test_pictures_are_decoded_once_and_again_only_if_they_changed(tmp_path, monk
 
 def test_a_refusing_hub_one_name_twice_unknown_names_bad_rows_and_json_are_one_sentence(hub, tmp_path, monkeypatch):
     refused("test_questions.jsonl of craigwu/vstar_bench is not in the cache .* `hf down", "vstar")
-    answer, errors = SimpleNamespace(status_code=403, headers={}, request=None), huggingface_hub.errors
-    for kind, message in (
-        (errors.GatedRepoError, "datasets/craigwu/vstar_bench is gated; accept its terms there and log in"),
-        (errors.RepositoryNotFoundError, "vstar: craigwu/vstar_bench could not be fetched: refused"),
-    ):
-        monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=kind("refused", response=answer)))
-        refused(message, "vstar")
+    answer, kinds = SimpleNamespace(status_code=403, headers={}, request=None), huggingface_hub.errors
+    errors = [kind("no", response=answer) for kind in (kinds.GatedRepoError, kinds.RepositoryNotFoundError)]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=errors))
+    refused("datasets/craigwu/vstar_bench is gated; accept its terms there and log in", "vstar")
+    refused("vstar: craigwu/vstar_bench could not be fetched: no", "vstar")
     for folder in "ab":
         write_rows(tmp_path / folder / "mine.jsonl", [{"question": "Q", "answer": "1"}])
     refused("1 problems of .* the id of another, as mine/0", f"{tmp_path}/a/mine.jsonl,{tmp_path}/b/mine.jsonl")
@@ -2034,7 +2017,7 @@ def one(own_run):
 
 
 # --- The toy world, the command line, and bad input, which gets one sentence and never a traceback ----------------------
-def test_toy_wrong_calls_mislead_the_right_one_answers_and_test_questions_are_never_trained_on(policy, cfg):
+def test_toy_wrong_calls_mislead_the_right_one_answers_and_test_questions_are_never_trained_on(cfg):
     for problem in data.toy_problems("train", 30):
         if problem.level != "known":
             assert [i for i in range(4) if problem.outcomes[i] == problem.answers[0]] == [problem.right]
@@ -2051,7 +2034,6 @@ def test_toy_wrong_calls_mislead_the_right_one_answers_and_test_questions_are_ne
     kept = data.toy_trajectories(cfg, 1, 120)  # the teacher is right and calls a tool in about a quarter
     assert all(axpo.grade(problem, turns[-1]) == 1.0 for problem, turns in kept)
     assert 0.15 < np.mean([len(turns) > 1 for _, turns in kept]) < 0.40
-    assert all(sum(axpo.to_rollout(policy, *trajectory).sampled) > 0 for trajectory in kept[:12])
 
 
 def test_the_whole_pipeline_runs_in_the_toy_world_and_leaves_everything_it_promises(monkeypatch, tmp_path, policy):
@@ -2065,9 +2047,7 @@ def test_the_whole_pipeline_runs_in_the_toy_world_and_leaves_everything_it_promi
     rows = rows_of(folder / "metrics.jsonl")
     assert rows[3]["reward_tool"] is None  # without a call
     assert ", ".join(f"{x['stage']} {x['step']}" for x in rows) == "sft 1, sft 2, eval 0, rl 1, eval 1, rl 2, eval 2"
-    table = json.loads((folder / "results.json").read_text())
-    assert [(row["data"], row["checkpoint"]) for row in table] == [("toy", "sft"), ("toy", "axpo")]
-    assert json.loads((folder / "config.json").read_text())["sft_steps"] == 2
+
     assert (folder / "curves.png").read_bytes()[1:4] == b"PNG"
     assert len(re.sub(r"\{[^}]*\}", "100%", axpo.Run.LINE)) <= 76  # and seconds may be longer
     assert (folder / "rollouts/000001.html").read_text().count("<section") >= 8
@@ -2125,7 +2105,6 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit_even_without_pict
     assert {"sft.step-000001", "sft.step-000002.draft"} <= set(os.listdir(folder))
     codes, out = job(*again, struck=(0, "axpo_batch", 1, signal.SIGTERM))
     assert codes == [1] and "going on with sft after step 1" in out
-    assert "axpo.py: stopped by SIGTERM after step 1; the same command goes on from there" in out
     assert "Traceback" not in out and {"rl.step-000001", "sft.step-000003"} < set(os.listdir(folder))
     assert "going on with rl after step 1" in run(*again[1:])
     assert gap(one[0], folder, "sft") == gap(one[0], folder, "rl") == 0
@@ -2231,9 +2210,7 @@ def test_a_checkpoint_keeps_values_and_foreign_files_and_one_that_cannot_be_trai
             axpo.load_policy(str(tmp_path / str(k)), cfg)
 
 
-def test_a_bad_trajectory_is_named_by_its_line_a_cut_last_line_is_left_out_and_a_full_disk_leaves_whole_ones(
-    tmp_path, capsys
-):
+def test_a_bad_trajectory_is_named_a_cut_last_line_is_left_out_and_a_full_disk_leaves_whole_ones(tmp_path, capsys):
     file, ends = tmp_path / "t.jsonl", ("x</think>a", "x</think>a<|im_start|>b")
     good, bad = ({"messages": [ASKED, assistant(said)]} for said in ends)
     other = {"messages": [ASKED, assistant("x</think>" + CALLED.replace("python", "browser")), SEEN, ANSWERED]}
@@ -2252,10 +2229,8 @@ def test_a_bad_trajectory_is_named_by_its_line_a_cut_last_line_is_left_out_and_a
     assert list(axpo.read_lines(file)) == [{"a": "\u2028\u2028"}, {"a": 2}]
     file, limits = tmp_path / "new.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     axpo.append_lines(file, [{"a": 1}])
-    for fill in (
-        lambda: axpo.append_lines(file, [{"b": "x" * 200}]),
-        lambda: data.write(file.with_suffix(""), bytes(200)),
-    ):
+    lines, file_at_once = [{"b": "x" * 200}], file.with_suffix("")
+    for fill in (partial(axpo.append_lines, file, lines), partial(data.write, file_at_once, bytes(200))):
         with contextlib.ExitStack() as undo, pytest.raises(OSError, match="File too large"):
             undo.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
@@ -2317,7 +2292,7 @@ def test_distillation_reads_back_as_sampled_and_rl_leaves_out_always_and_never_s
     assert {r.problem.id for r in right}.isdisjoint(["mine/4", "mine/5"]) and len(right) > 6
     assert f"{len(right)} of 24 trajectories are kept" in out
     assert any(r.used_tool for r in right) and any(len(r.pictures) == 2 for r in right)
-    assert {file.suffix for file in path.with_name("images").iterdir()} == {".png"}
+
     for back, rollout in zip(read, right, strict=True):
         assert (back.ids, back.sampled) == (rollout.ids, rollout.sampled)
         assert [p.start for p in back.pictures] == [p.start for p in rollout.pictures]
@@ -2340,8 +2315,8 @@ def test_distillation_reads_back_as_sampled_and_rl_leaves_out_always_and_never_s
 def test_results_are_those_of_the_dump_and_a_diagnosis_is_a_table_and_a_figure_of_an_untrained_policy(one, own_run):
     path = one[0] / "eval-rl.jsonl"
     (row,) = axpo.evaluation_rows(path, parsed(SHARED), "axpo")
-    kept = json.loads((one[0] / "results.json").read_text(), parse_constant=pytest.fail)[-1]
-    assert kept == {name: None if x != x else x for name, x in row.items()}
+    sft, rl = json.loads((one[0] / "results.json").read_text(), parse_constant=pytest.fail)
+    assert rl == {name: None if x != x else x for name, x in row.items()} and sft["checkpoint"] == "sft"
     lines = rows_of(path)[1:]
     rollouts = [rollout for line in lines for rollout in line["rollouts"]]
     assert len(lines) == 3 and len(rollouts) == 6 and {line["n"] for line in lines} == {2}
@@ -2393,9 +2368,9 @@ def test_results_are_means_beside_the_papers_marked_where_undecided_and_any_of_n
     assert (row["pass@1"], row["pass@2"], row["truncated"], row["tool_use"]) == (0.25, 0.5, 0.25, 0)
     assert math.isnan(row["right_with_tool"]) and row["right_without"] == 0.25
     assert "| - | 25.0 % | 25.0 % | 1 |" in axpo.results_table([row])
-    near = (["3.142"], ["3.1425"] * 2, "math")
+    near = (["3.142"], ["3.1425", "3.1435"], "math")  # only DynaMath has a tolerance, of 0.001
     found = scores(tmp_path, cfg, ("dynamath", *near), ("mathvision", *near), ("vstar", [""], ["", ""]))
-    assert found == {"all": 1 / 3, "dynamath": 1, "mathvision": 0, "vstar": 0}
+    assert found == {"all": 0.5 / 3, "dynamath": 0.5, "mathvision": 0, "vstar": 0}
 
 
 # --- The judge ---------------------------------------------------------------------------------------------------------
@@ -2414,9 +2389,7 @@ def endpoint(server, monkeypatch, tmp_path):
     return server
 
 
-def test_the_judge_sees_the_answer_alone_once_or_when_it_says_and_a_silent_one_is_one_sentence(
-    endpoint, tmp_path, cfg, capsys
-):
+def test_the_judge_sees_the_answer_alone_and_once_and_a_silent_one_is_one_sentence(endpoint, tmp_path, cfg, capsys):
     lines = ("mmsearch", ["Paris", "City of Light"], ["the French capital"]), ("vstar", ["Paris"], ["Lyon"])
     assert scores(tmp_path, cfg, *lines) == {"all*": 0, "mmsearch*": 0, "vstar": 0}
     endpoint.replies = [chat("Yes.")]
