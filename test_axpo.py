@@ -112,14 +112,6 @@ def test_section_3_alone_in_a_file_passes_the_tests_above(monkeypatch):
         globals()[name]()
 
 
-def test_budget_is_the_floor_of_r_b_n_over_k_and_grpo_needs_none():
-    numbers = dict(questions_per_step=4, rollouts_per_question=4)
-    assert axpo.Config(**numbers, resamples_per_prefix=3).prefix_budget(4) == 1  # 0.25 * 4 * 4 / 3 = 1.33
-    cfg = axpo.Config(rollouts_per_question=100, resamples_per_prefix=1, resample_ratio=0.29)
-    assert cfg.prefix_budget(1) == 29  # though 0.29 * 100 is a little less in floating point
-    assert axpo.completed(axpo.Config(**numbers, resamples_per_prefix=5, algo="grpo")).algo == "grpo"  # budget 0
-
-
 # --- The policy: ids and images ----------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
@@ -152,13 +144,12 @@ def policy(theirs):
     return axpo.Policy(copy.deepcopy(theirs), tokenizer, processor)
 
 
-def fresh(policy, dtype=torch.float32, passed=None, **options):
-    """A policy of its own with the same weights, which notes in a list, if given, how many tokens each pass has."""
+def fresh(policy, dtype=torch.float32, **options):
+    """A policy of its own with the same weights, which notes in `passed` how many tokens each pass has."""
     model = copy.deepcopy(policy.model).to(dtype)
     policy = axpo.Policy(model, policy.tokenizer, policy.image_processor, dtype, **options)
-    if passed is not None:
-        forward = policy.forward
-        policy.forward = lambda ids, *rest: passed.append(len(ids)) or forward(ids, *rest)
+    policy.passed, forward = [], policy.forward
+    policy.forward = lambda ids, *rest: policy.passed.append(len(ids)) or forward(ids, *rest)
     return policy
 
 
@@ -361,7 +352,6 @@ def test_a_rollout_ends_at_an_answer_or_a_limit_and_marks_what_was_drawn(monkeyp
     for call, said in zip(r.calls, turns):
         assert r.ids[call.start - 1] == policy.call_open
         assert r.ids[call.end - 1] == policy.call_close or said == OPEN or r.stop == "length"
-    assert r.stop != "answer" or r.response == turns[-1]
 
 
 @pytest.mark.parametrize("padding", range(8))
@@ -416,21 +406,20 @@ def test_a_fork_shares_full_pages_and_copies_the_begun_one(monkeypatch, policy, 
         shared.update(tuple(row.pages[:full]) for row in rows)
         begun.update(row.pages[full] for row in rows)
         assert all(engine.users[page] == len(rows) for page in rows[0].pages[:full])
-        most.append(len(engine.users) - 1 - len(engine.free))
         return real(*inputs)
 
-    passed, shared, begun, most, real, prompt = [], set(), set(), [], axpo.sample, policy.prompt(TEXT)
+    ours, shared, begun, real, prompt = fresh(policy), set(), set(), axpo.sample, policy.prompt(TEXT)
     parent = prompt if start == "prompt" else talk(policy, prompt, "Hm.\n</think>\n\n<tool_call>")
     rollouts = [parent.fork(len(parent.ids), (7, i)) for i in range(6)]
     length = len(parent.ids) - 1  # is computed once: the last token gives each row its own logits
     full, rest = divmod(length, 7)
     sampling = Sampling(1.0, max_response_tokens=length + 7 - prompt.prompt_len)
-    engine = axpo.Engine(fresh(policy, passed=passed), sampling, cfg, page=7)
+    engine = axpo.Engine(ours, sampling, cfg, page=7)
     monkeypatch.setattr(axpo, "sample", watched)
     rolled_out(engine, rollouts)
     assert rest and len(shared) == 1 and len(begun) == 6
-    assert passed[0] == length + 1 and sum(passed) == length + sum(sum(r.sampled[r.parent_len :]) for r in rollouts)
-    assert max(most) <= full + 6 * 2 < 6 * full / 2  # the begun page and the next one of each row
+    drawn = sum(sum(r.sampled[r.parent_len :]) for r in rollouts)
+    assert ours.passed[0] == length + 1 and sum(ours.passed) == length + drawn
 
 
 def test_pool_takes_what_is_free_and_a_rollout_that_cannot_fit_is_one_sentence(monkeypatch, policy, cfg):
@@ -443,7 +432,6 @@ def test_pool_takes_what_is_free_and_a_rollout_that_cannot_fit_is_one_sentence(m
     assert len(engine().users) == 3 * 5 + 2  # never more than all rows can fill
     fewer = engine(11)
     assert 7 <= len(fewer.users) <= 11 * 0.8 and fewer.pool.nbytes == len(fewer.users) * fewer.page_bytes
-    rolled_out(fewer, siblings(policy, [TEXT, FLAG], 3))
     with pytest.raises(ValueError, match=r"\Athe cache of a rollout takes \d+\.\d GB, more than is free: lower .*\Z"):
         engine(5)
     with pytest.raises(ValueError, match="long: .*--max_prompt_tokens"):
@@ -458,9 +446,9 @@ def test_the_speed_of_a_tool_changes_no_bit_and_no_step(monkeypatch, policy, cfg
     for pause in (0.0, 0.1):
         slow = lambda box, text, pause=pause: time.sleep(pause * draw.random()) or scripted_tool(box, text)  # noqa: E731
         monkeypatch.setattr(axpo.Toolbox, "call", slow)
-        passed = []
-        rollouts = play(monkeypatch, fresh(policy, passed=passed), siblings(policy, [TEXT, FLAG], 3), scripts, cfg)
-        seen.append((passed, [(r.ids, r.logps, r.entropies) for r in rollouts]))
+        ours = fresh(policy)
+        rollouts = play(monkeypatch, ours, siblings(policy, [TEXT, FLAG], 3), scripts, cfg)
+        seen.append((ours.passed, [(r.ids, r.logps, r.entropies) for r in rollouts]))
     assert seen[0] == seen[1]
 
 
@@ -500,7 +488,6 @@ def test_rollouts_equal_those_of_transformers_and_the_trainer(monkeypatch, their
         sources = [r for r in rollouts if r.calls]
         streams = [Stream(r, r.parent_len, len(r.ids), 1.0) for r in every]
         logps, mask = axpo.stream_logps(policy, streams, 1.0)
-        assert mask.sum() == sum(len(sampled(r, r.parent_len)) for r in every)
         gap = axpo.sampler_gap(streams, logps[mask])
         assert 0 < gap < 0.05 if kind == "bf16" else gap < 2e-6
         for r in every if kind != "bf16" else []:
@@ -522,11 +509,10 @@ def test_sampling_follows_its_settings_and_counts_a_prefix_but_never_draws_image
     allowed = len(policy.tokenizer) - len(axpo.FORBIDDEN)
     assert policy.bias[ids].eq(0).all() and ids.unique().numel() == allowed
     assert torch.allclose(entropy, torch.tensor(math.log(allowed))) and torch.allclose(logps, -entropy)
-    once, often = (Sampling(0.0, presence_penalty=x, max_response_tokens=12) for x in (1e6, 0.0))
-    (source,), (free,) = (rolled_out(axpo.Engine(policy, x, cfg), siblings(policy, [TEXT], 1)) for x in (once, often))
+    once = Sampling(0.0, presence_penalty=1e6, max_response_tokens=12)
+    (source,) = rolled_out(axpo.Engine(policy, once, cfg), siblings(policy, [TEXT], 1))
     (branch,) = rolled_out(axpo.Engine(policy, once, cfg), [source.fork(source.prompt_len + 5, (1,))])
     assert branch.ids == source.ids and len(set(sampled(source))) == len(sampled(source)) > 5
-    assert len(set(sampled(free))) < len(sampled(free))
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
     uniforms = torch.linspace(0, 1 - 2**-53, 5000, dtype=torch.float64)
     said = torch.tensor([[True, False, False, False]]).expand(5000, -1)
@@ -574,10 +560,7 @@ def scripted_batch(policy, cfg, **options):
             r.stop, r.response = "answer", SCRIPTED_ANSWER if right else SCRIPTED_ANSWER.replace("{1}", "{2}")
             yield r
 
-    sizes, end = (
-        {"rollouts_per_question": 4, "resamples_per_prefix": 2, "resample_ratio": 0.4},
-        policy.encode("</answer>"),
-    )
+    end, sizes = policy.encode("</answer>"), dict(rollouts_per_question=4, resamples_per_prefix=2, resample_ratio=0.4)
     with pytest.MonkeyPatch.context() as patch:  # floor(0.4 * 4 * 4 / 2) = 3 prefixes
         patch.setattr(axpo, "Engine", lambda *_: SimpleNamespace(run=run))
         problems = [TEXT, FLAG, PAIR, replace(TEXT, id="cut")]
@@ -585,7 +568,7 @@ def scripted_batch(policy, cfg, **options):
 
 
 @pytest.mark.parametrize("rank", ["entropy", "confidence", "random"])
-def test_budget_breadth_and_the_calls_uncertainty_choose_prefixes_which_stay_as_they_were(policy, cfg, rank):
+def test_a_floored_budget_breadth_and_the_calls_uncertainty_choose_prefixes_which_stay_as_they_were(policy, cfg, rank):
     batch, again = (scripted_batch(policy, cfg, rank=rank) for _ in range(2))
     found = [(place(r.rollout), r.recovered, len(r.continuations)) for r in batch.resamples]
     assert sorted(found) == [(("flag", 3), False, 2), (("text", 0), False, 2), (("text", 1), True, 2)]
@@ -595,8 +578,10 @@ def test_budget_breadth_and_the_calls_uncertainty_choose_prefixes_which_stay_as_
         # The call's 0.5, 0.3 and, in the second round, 0.1. By the thinking's, or the answer's, text 0 would be ahead.
         assert uncertainties == pytest.approx([u if rank == "entropy" else 1 - math.exp(-u) for u in (0.5, 0.3, 0.1)])
         assert [at for at, *_ in found] == [("text", 1), ("flag", 3), ("text", 0)]
-        fewer = scripted_batch(policy, cfg, rank=rank, resample_ratio=0.25).resamples  # floor(0.25 * 4 * 4 / 2) = 2
+        fewer = scripted_batch(policy, cfg, rank=rank, resample_ratio=0.3).resamples  # floor(0.3 * 4 * 4 / 2) = 2
         assert [place(r.rollout) for r in fewer] == [("text", 1), ("flag", 3)]
+    many = axpo.Config(rollouts_per_question=100, resamples_per_prefix=1, resample_ratio=0.29)
+    assert many.prefix_budget(1) == 29  # though 0.29 * 100 is a little less in floating point
     spans = {s.rollout: (s.kind, s.start, s.end) for s in batch.streams}
     assert len(spans) == len(batch.streams)  # and so every token is credited once
     for r in batch.resamples:
@@ -653,7 +638,8 @@ def test_credit_of_rollouts_prefixes_and_continuations_by_hand_and_what_each_abl
     assert all(c.ids[:start] == r.ids[:start] for c in resample.continuations) and not resample.rollout.calls
 
 
-def test_no_trigger_is_exactly_grpo_which_never_resamples(policy, cfg):
+def test_no_trigger_is_exactly_grpo_which_never_resamples_and_needs_no_budget(policy, cfg):
+    assert axpo.completed(axpo.Config(questions_per_step=1, resample_ratio=0.01, algo="grpo")).algo == "grpo"
     batch = scripted_batch(policy, cfg, algo="grpo")
     assert not batch.resamples and [s.rollout for s in batch.streams] == [r for g in batch.groups.values() for r in g]
     small = replace(cfg, rollouts_per_question=3, max_response_tokens=12, resamples_per_prefix=2)
@@ -717,15 +703,12 @@ def tree(policy):
 
 @pytest.mark.parametrize("dtype, temperature", [(torch.float32, 1.0), (torch.float32, 0.7), (torch.bfloat16, 1.0)])
 def test_tool_output_gets_no_gradient_and_all_else_transformers_own(tree, theirs, policy, dtype, temperature):
-    """Prompt, rollouts, resampled prefix and continuations, alone and side by side, of a question with pictures. The
-    vocabulary's layer, through which all gradient must go, sees what comes before a sampled token alone."""
+    """Prompt, rollouts, resampled prefix and continuations of a question with pictures. The vocabulary's layer, through
+    which all gradient must go, sees what comes before a sampled token alone."""
     streams, seen = [s for s in tree if s.rollout.problem.id == "pair"], []
     error = 0.02 if dtype == torch.bfloat16 else 1e-5
     model, ours = copy.deepcopy(theirs).to(dtype), fresh(policy, dtype)
     expected, mask = padded_logps(model, streams, temperature, policy.bias)
-    for i, s in enumerate(streams):
-        (alone,), _ = axpo.stream_logps(ours, [s], temperature)
-        assert (alone - expected[i][mask[i]]).abs().max() < 10 * error
     ours.model.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(len(logits)))
     logps, same = axpo.stream_logps(ours, streams, temperature)
     assert torch.equal(mask, same) and sum(seen) == mask.sum() and (logps - expected)[mask].abs().max() < 10 * error
@@ -740,18 +723,16 @@ def test_each_segment_is_computed_once_dearest_micro_batches_first_and_recompute
         own = {r for s in batch for r, *_ in axpo.segments(s.rollout, s.end)}
         return sum(len(r.ids) - r.parent_len for r in own)  # prompts and prefixes once
 
-    passed, sizes = [], []
-    ours = fresh(policy, passed=passed)
     for budget in (50, 300, 500, 100_000):
-        passed.clear()
+        ours = fresh(policy)
+        passed = ours.passed
         for batch in axpo.micro_batches(tree[::-1], budget):
             axpo.stream_logps(ours, batch, 1.0)
             assert passed[-1] == tokens(batch)
             assert len(batch) == 1 or passed[-1] <= max(budget, 2 * max(s.rollout.prompt_len for s in batch))
         assert passed == sorted(passed, reverse=True)
         assert len(passed) < len(tree)  # even where a prompt is longer than the budget, its streams share it
-        sizes.append(sum(passed))
-    assert passed == [tokens(tree)] and sizes == sorted(sizes, reverse=True)
+    assert passed == [tokens(tree)]
     streams, gradients = [s for s in tree if s.rollout.problem.id == "pair"], []
     for recompute, more in ((False, 0), (True, 2)):  # a decoder layer and a vision block: no bit changes
         ours, calls = fresh(policy, recompute=recompute), []
@@ -790,7 +771,6 @@ def test_an_update_raises_what_was_credited_in_any_batches_is_clipped_later_and_
     assert not nothing.any() and metrics["skipped"] == 1 and metrics["grad_norm"] == 0
     for beta in (0.0, 0.1):
         _, whole, metrics = updated(tree, micro_batch_tokens=100_000, beta=beta)
-        assert whole.norm() > 1e-3
         for tokens, order in ((1, 1), (400, -1), (1500, -1)):
             _, other, again = updated(tree[::order], micro_batch_tokens=tokens, beta=beta)
             assert (other - whole).norm() < 1e-5 * whole.norm()
@@ -1119,7 +1099,6 @@ def test_tool_call_names_what_is_wrong_and_zoom_enlarges_the_right_place_to_what
     seen = zoom(toolbox, [500, 500, 600, 600])
     assert seen.text == "Image 1: zoomed crop of image 0." and seen.images[0].size == (724, 362)
     assert seen.images[0].crop((9, 9, 700, 350)).getcolors() == [(691 * 341, (255, 0, 0))]
-    assert toolbox.images[1] is seen.images[0]
     assert zoom(toolbox, [0, 0, 1000, 1000], 1).text == "Image 2: zoomed crop of image 1."
     boxes = [0, 0, 1000, 1000], [999.9, 0, 1000, 1], [0, 500, 1000, 500.1], [-9, -9, 10**9, 9]
     for size, box in itertools.product([(1, 1), (3, 4000), (4000, 3), (5000, 5000)], boxes):
@@ -1684,8 +1663,6 @@ def test_training_rows_but_ones_own_lose_what_evaluation_or_an_earlier_part_has(
     row = {"question": "Q", "answer": "1", "images": ["one.png"]}
     path = own_file(tmp_path, "\ufeff" + json.dumps(row), name="fvqa.jsonl")  # as some editors write UTF-8
     (tmp_path / "one.png").write_bytes(png(3))  # visualprobe has it too, but a file of one's own is no set of its name
-    (problem,) = data.load(path)
-    assert problem.id == "fvqa/0" and problem.answers == (row["answer"],)
     again = [{"question": "R", "answers": ["2"], "images": ["one.png"]}, row]  # the same picture, other columns
     assert len(data.load(f"{path},{own_file(tmp_path, *again)}")) == 3
     data._evaluation_images.cache_clear()
@@ -1783,8 +1760,21 @@ def test_pictures_are_decoded_once_and_again_only_if_they_changed(tmp_path, monk
     assert "cannot be decoded" in faults[0] and not any(faults[1:]) and "mine: 100%" in capsys.readouterr().err
 
 
-def test_a_refusing_hub_one_name_twice_unknown_names_bad_rows_and_json_are_one_sentence(hub, tmp_path, monkeypatch):
+def test_a_refusing_hub_broken_sets_and_files_and_unknown_or_double_names_are_one_sentence(hub, tmp_path, monkeypatch):
     refused("test_questions.jsonl of craigwu/vstar_bench is not in the cache .* `hf down", "vstar")
+    for name, change, message in (
+        ("hrmmsearch", lambda k, row: {"sample_id": k, "query": "Q"}, "lacks answer or answers or ground_truth or .*; it has sample_id, query"),
+        ("hrmmsearch", lambda k, row: row | {"query_image": {"bytes": b"", "path": None}}, r"lacks its image \(embedded\)"),
+        ("virl39k", lambda k, row: row | {"image": ["images/gone.png"]}, r"\(virl39k/q0\) lacks its image \(images/gone"),
+        ("hrmmsearch", lambda k, row: row | {"query_image": None}, r"hrmmsearch: row 1 \(hrmmsearch/0\) has no image"),
+        ("hrbench4k", lambda k, row: row | {"cycle_category": "one"}, "hrbench4k: 800 problems, expected 200"),
+        ("virl39k", lambda k, row: row | {"answer": "1" * 301}, "virl39k: row 1 .* the answer '1+', which no rule can grade right"),
+        ("vstar", lambda k, row: row if k else None, "vstar: 190 problems, expected 191"),
+    ):  # fmt: skip
+        write_set(hub, name, change)
+        refused(message, name)
+    hub("virl39k", "images.zip", b"no archive")
+    refused("virl39k: an archive in .* is broken", "virl39k")
     answer, kinds = SimpleNamespace(status_code=403, headers={}, request=None), huggingface_hub.errors
     errors = [kind("no", response=answer) for kind in (kinds.GatedRepoError, kinds.RepositoryNotFoundError)]
     monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=errors))
@@ -1803,22 +1793,6 @@ def test_a_refusing_hub_one_name_twice_unknown_names_bad_rows_and_json_are_one_s
         ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
     ):  # fmt: skip
         refused(f"{name} {message}", own_file(tmp_path, *rows, name=name))
-
-
-@pytest.mark.parametrize("name, change, message", [
-    ("hrmmsearch", lambda k, row: {"sample_id": k, "query": "Q"}, "lacks answer or answers or ground_truth or .*; it has sample_id, query"),
-    ("hrmmsearch", lambda k, row: row | {"query_image": {"bytes": b"", "path": None}}, r"lacks its image \(embedded\)"),
-    ("virl39k", lambda k, row: row | {"image": ["images/gone.png"]}, r"\(virl39k/q0\) lacks its image \(images/gone"),
-    ("hrmmsearch", lambda k, row: row | {"query_image": None}, r"hrmmsearch: row 1 \(hrmmsearch/0\) has no image"),
-    ("hrbench4k", lambda k, row: row | {"cycle_category": "one"}, "hrbench4k: 800 problems, expected 200"),
-    ("vstar", lambda k, row: row if k else None, "vstar: 190 problems, expected 191"), ("virl39k", b"no archive", "virl39k: an archive in .* is broken"),
-    ("virl39k", lambda k, row: row | {"answer": "1" * 301}, "virl39k: row 1 .* the answer '1+', which no rule can grade right"),
-])  # fmt: skip
-def test_what_is_missing_or_broken_is_named(hub, name, change, message):
-    write_set(hub, name, change if callable(change) else lambda k, row: row)
-    if isinstance(change, bytes):
-        hub(name, "images.zip", change)
-    refused(message, name)
 
 
 def test_trajectories_of_qwens_and_openais_form_with_pictures_anywhere_are_read_alike_or_refused(tmp_path):
@@ -2023,7 +1997,6 @@ def test_toy_wrong_calls_mislead_the_right_one_answers_and_test_questions_are_ne
             assert [i for i in range(4) if problem.outcomes[i] == problem.answers[0]] == [problem.right]
         with Toolbox(problem.images, cfg) as toolbox:
             seen = toolbox.call(data.toy_call(problem, 2))
-        assert seen.ok
         if problem.category == "perception":
             colour = seen.images[0].getpixel(tuple(side // 2 - 3 for side in seen.images[0].size))
             assert min(data.COLOURS, key=lambda c: math.dist(data.COLOURS[c], colour)) == problem.outcomes[2]
@@ -2037,8 +2010,6 @@ def test_toy_wrong_calls_mislead_the_right_one_answers_and_test_questions_are_ne
 
 
 def test_the_whole_pipeline_runs_in_the_toy_world_and_leaves_everything_it_promises(monkeypatch, tmp_path, policy):
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-
     monkeypatch.setattr(data, "toy_trajectories", partial(data.toy_trajectories, count=40))
     out, folder = run("--output_dir", tmp_path, "--name", "toy", TINY), tmp_path / "toy"
     assert sorted(os.listdir(folder)) == PROMISED.split() and sorted(os.listdir(folder / "rollouts")) == ["000001.html"]
@@ -2047,11 +2018,9 @@ def test_the_whole_pipeline_runs_in_the_toy_world_and_leaves_everything_it_promi
     rows = rows_of(folder / "metrics.jsonl")
     assert rows[3]["reward_tool"] is None  # without a call
     assert ", ".join(f"{x['stage']} {x['step']}" for x in rows) == "sft 1, sft 2, eval 0, rl 1, eval 1, rl 2, eval 2"
-
-    assert (folder / "curves.png").read_bytes()[1:4] == b"PNG"
     assert len(re.sub(r"\{[^}]*\}", "100%", axpo.Run.LINE)) <= 76  # and seconds may be longer
     assert (folder / "rollouts/000001.html").read_text().count("<section") >= 8
-    model, tokenizer = (kind.from_pretrained(folder / "rl") for kind in (AutoModelForImageTextToText, AutoTokenizer))
+    model, tokenizer = plain_model(folder / "rl"), type(policy.tokenizer).from_pretrained(folder / "rl")
     assert model.config.model_type == "qwen3_vl" and tokenizer.get_vocab() == policy.tokenizer.get_vocab()
     assert tokenizer.chat_template == policy.tokenizer.chat_template
 
@@ -2210,7 +2179,7 @@ def test_a_checkpoint_keeps_values_and_foreign_files_and_one_that_cannot_be_trai
             axpo.load_policy(str(tmp_path / str(k)), cfg)
 
 
-def test_a_bad_trajectory_is_named_a_cut_last_line_is_left_out_and_a_full_disk_leaves_whole_ones(tmp_path, capsys):
+def test_bad_trajectories_are_named_by_line_a_cut_line_is_left_out_and_a_full_disk_leaves_whole_ones(tmp_path, capsys):
     file, ends = tmp_path / "t.jsonl", ("x</think>a", "x</think>a<|im_start|>b")
     good, bad = ({"messages": [ASKED, assistant(said)]} for said in ends)
     other = {"messages": [ASKED, assistant("x</think>" + CALLED.replace("python", "browser")), SEEN, ANSWERED]}
@@ -2254,9 +2223,7 @@ def test_a_cut_dump_goes_on_and_is_made_anew_by_other_weights_problems_or_sampli
     short = replace(cfg, max_rows=1, eval_rollouts=4, eval_max_response_tokens=3)  # so that each line is written alone
     rows = axpo.evaluate(policy, problems, short, path, "x")
     whole = path.read_text()
-    lines = whole.splitlines(True)
-    assert [json.loads(line).get("id") for line in lines] == [None, *(problem.id for problem in problems)]
-    ends = list(itertools.accumulate(map(len, lines)))
+    ends = list(itertools.accumulate(map(len, whole.splitlines(True))))  # of the first line, then of one a problem
     for cut in [0, 9, *(end + offset for end in ends[:-1] for offset in (-1, 0, 9)), len(whole) - 1, len(whole)]:
         path.write_text(whole[:cut])  # wherever: no problem is lost or repeated
         rolled.clear()
@@ -2292,7 +2259,6 @@ def test_distillation_reads_back_as_sampled_and_rl_leaves_out_always_and_never_s
     assert {r.problem.id for r in right}.isdisjoint(["mine/4", "mine/5"]) and len(right) > 6
     assert f"{len(right)} of 24 trajectories are kept" in out
     assert any(r.used_tool for r in right) and any(len(r.pictures) == 2 for r in right)
-
     for back, rollout in zip(read, right, strict=True):
         assert (back.ids, back.sampled) == (rollout.ids, rollout.sampled)
         assert [p.start for p in back.pictures] == [p.start for p in rollout.pictures]
@@ -2389,9 +2355,8 @@ def endpoint(server, monkeypatch, tmp_path):
     return server
 
 
-def test_the_judge_sees_the_answer_alone_and_once_and_a_silent_one_is_one_sentence(endpoint, tmp_path, cfg, capsys):
+def test_a_judge_sees_the_answer_alone_once_or_when_it_says_and_silence_is_a_sentence(endpoint, tmp_path, cfg, capsys):
     lines = ("mmsearch", ["Paris", "City of Light"], ["the French capital"]), ("vstar", ["Paris"], ["Lyon"])
-    assert scores(tmp_path, cfg, *lines) == {"all*": 0, "mmsearch*": 0, "vstar": 0}
     endpoint.replies = [chat("Yes.")]
     for _ in range(2):  # the second time from the kept file
         found = scores(tmp_path, replace(cfg, **endpoint.judge), *lines)
@@ -2444,7 +2409,6 @@ def test_processes_end_with_one_that_is_killed_or_fails_stop_at_a_signal_and_tra
     assert done.returncode != 0 and said not in done.stdout and 'axpo.py", line' not in done.stderr
     # It is said by the first process alone; torchrun repeats it below its own traceback.
     assert done.stderr.count(said) == 2 and said in done.stderr.splitlines()[-2]
-    assert not Path("runs/failing").exists()
 
 
 def updates_by_hand(cfg, folder):
