@@ -279,10 +279,10 @@ def test_a_picture_is_seen_upright_and_within_its_limit_and_long_questions_are_l
     assert axpo.leave_out_long(policy, problems, 300, "are long") == problems[:2]
     with pytest.raises(ValueError, match="^1 of 1 are long$"):
         axpo.leave_out_long(policy, problems[2:], 300, "are long")
-    seen = [Observation("o" * n, [encoded(photo)] * (n % 5), True) for n in (1, 4, 99)]
-    trajectories = [(problems[0], ["Da.", observation, "x"]) for observation in seen]
-    assert axpo.leave_out_long(policy, trajectories, 290, "are long") == trajectories[:1]
-    assert capsys.readouterr().out == "1 of 3 are long: left out\n2 of 3 are long: left out\n"
+    few, many, long = (Observation("o" * n, [encoded(photo)] * count, True) for n, count in ((1, 1), (1, 4), (400, 1)))
+    said = [(problems[0], [turn, seen]) for turn, seen in (("Da", few), ("Da", many), ("Da", long), ("Da" * 200, few))]
+    assert axpo.leave_out_long(policy, said, 290, "are long") == said[:1]
+    assert capsys.readouterr().out == "1 of 3 are long: left out\n3 of 4 are long: left out\n"
 
 
 # --- The engine --------------------------------------------------------------------------------------------------------
