@@ -37,13 +37,13 @@ COLUMNS = {"Pass@1": "{:.1%}", "Pass@4": "{:.1%}", "tool use": "{:.1%}", "all-wr
            "tokens (M)": "{:.2f}", "minutes": "{:.1f}"}  # fmt: skip
 
 
-def run(folder: Path, name: str, options: str) -> None:
+def run(folder: Path, name: str, model: str | Path, options: str) -> None:
     """One run of the program, unless it is done."""
     if (folder / name / "results.json").exists():
         return
-    common = f"--output_dir {folder} --name {name} --data toy --threads 1 --eval_every 0"
+    command = [sys.executable, PROGRAM, "--output_dir", folder, "--name", name, "--model", model, *options.split()]
+    command += ["--data", "toy", "--threads", "1", "--eval_every", "0"]
     with open(folder / f"{name}.log", "w") as log:
-        command = [sys.executable, PROGRAM, *common.split(), *options.split()]
         code = subprocess.run(command, stdout=log, stderr=log).returncode
     print(f"{name}: {'done' if code == 0 else f'failed, see {name}.log'}", flush=True)
 
@@ -104,13 +104,13 @@ def main() -> None:
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as cores:
-        list(cores.map(lambda s: run(args.runs, f"sft-{s}", f"--stage sft --seed {s}"), range(args.sft_seeds)))
+        list(cores.map(lambda s: run(args.runs, f"sft-{s}", "toy", f"--stage sft --seed {s}"), range(args.sft_seeds)))
         jobs = []
         for seed in range(args.seeds):  # every variant has its first run before any has its second
             for sft in range(args.sft_seeds):
                 for number, (options, _) in enumerate(ARMS.values()):
-                    start = f"--stage rl --model {args.runs}/sft-{sft}/sft --seed {seed} {options}"
-                    jobs.append((f"arm{number}-sft{sft}-seed{seed}", start))
+                    start = args.runs / f"sft-{sft}" / "sft"
+                    jobs.append((f"arm{number}-sft{sft}-seed{seed}", start, f"--stage rl --seed {seed} {options}"))
         list(cores.map(lambda job: run(args.runs, *job), jobs))
     summarise(args.runs, args.figure)
 
