@@ -1703,7 +1703,7 @@ def leave_out_solved(problems: Sequence[Problem], dumps: str) -> list[Problem]:
         if student.get(key) != 1 and teacher.get(key) != 0:
             kept.append(problem)
     if not known or not kept:
-        counts = f"of {len(problems)} problems {known} stand in the first file, and {len(kept)} are left"
+        counts = f"of {len(problems)} problems it knows {known}, by id and question, and {len(kept)} are left"
         raise ValueError(f"--keep_unsolved {dumps}: {counts}")
     print(f"{len(kept)} of {len(problems)} problems ({known} in the dump) are neither always solved nor never")
     return kept
@@ -2012,7 +2012,7 @@ class Run:
             for name in ("weights", "problems", "examples"):
                 different += [f"other {name}"] * (before.get(name) not in (None, now[name]))
             if different:
-                raise ValueError(f"{folder} was begun with {different[0]}: give another --name, or delete the folder")
+                raise ValueError(f"{folder} was begun with {', '.join(different)}: give another --name, or delete it")
             data.write(path, json.dumps(now, indent=1).encode())
 
     def made(self, stage: str) -> tuple[int, Path | None]:
@@ -2345,7 +2345,7 @@ def main(cfg: Config) -> None:
             found = evaluate(policy, held_out, cfg, folder / f"eval-{stage}.jsonl", title)
             rows += found
             if stage == "rl":
-                run.log({"stage": "eval", "step": steps} | found[0])
+                run.log({"stage": "eval", "step": run.made(stage)[0] or steps} | found[0])
         if stage == "rl" and is_first() and (folder / "metrics.jsonl").exists():
             run.draw_curves()
     if rows and is_first():
@@ -2380,5 +2380,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         stop(str(error))
     except KeyboardInterrupt:
-        stop("interrupted; the same command goes on from the last checkpoint")
+        stop("interrupted; the same command goes on from the last checkpoint, if there is one (SIGTERM makes one)")
     leave()

@@ -164,7 +164,7 @@ def load(name: str, limit: int | None = None, seed: int = 0, on_bad_row: str = "
 
 def leave_out(bad: list[str], count: int, name: str, on_bad_row: str) -> None:
     """Name the bad ones of so many rows: in a warning, if `on_bad_row` is "skip", else in a DataError."""
-    told = f"{len(bad)} of {count} rows of {name} cannot be used: {'; '.join(bad[:20])}"
+    told = f"{len(bad)} of {count} rows of {name} cannot be used: {'; '.join(bad[:20])}{' ...' * (len(bad) > 20)}"
     demand(not bad or on_bad_row == "skip", f"{told}. Mend them, or leave them out with `--on_bad_row skip`.")
     if bad:
         log.warning("Left out: %s", told)
@@ -184,7 +184,7 @@ def picture_faults(groups: list[Iterable[bytes | Path]], title: str = "pictures"
                         return f"its sides are {shorter} and {longer} pixels, and image processors take at most 1 : 200"
                     fresh.add(key)
         except (OSError, ValueError) as error:
-            return str(error)
+            return str(error).strip(".")
         return ""
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a decoded picture of 33 megapixels takes 100 MB
@@ -268,7 +268,7 @@ class _Table:
             return [self.rows[id] for id in ids]
         found = list(self.stream(ids))
         faults = picture_faults([problem.images for _, problem in found], self.name)
-        self.bad += [f"{where} has a broken picture: {fault}" for (where, _), fault in zip(found, faults) if fault]
+        self.bad += [f"{where} has a bad picture: {fault}" for (where, _), fault in zip(found, faults) if fault]
         return [problem for (_, problem), fault in zip(found, faults) if not fault]
 
     def stream(self, ids: Iterable[str]) -> Iterator[tuple[str, Problem]]:
@@ -289,6 +289,7 @@ class _Table:
     def _problem(self, id: str, row: dict, members: dict[str, zipfile.ZipFile]) -> Problem:
         """The problem that a row holds; DataError says what is wrong with it."""
         source = self.source
+        demand(None not in row, "has more cells than the table has columns: quote those that hold the separator")
         question, shown = _content(next(filter(None, map(row.get, source.question.split("|"))), ""))
         question = question.replace("Answer with the option's letter from the given choices directly.", "").strip()
         answers = dict.fromkeys(BOXED.sub(r"\1", cell).strip() for cell in _cells(row, source.answers))
@@ -304,21 +305,22 @@ class _Table:
         demand(declared in ("", "math", "choice", "text"), "has a kind but math, choice or text")
         gold, given = answers[0], _options(cells := _cells(row, source.options))
         demand(source is not OWN or not re.search(r"####|\\boxed|<answer>", gold), "has a derivation for an answer")
-        demand(given or not cells, f"has the options {cells[:1]}: make them a list, or write A., B., ... before each")
+        demand(given or not cells, "has options that no rule reads: make them a list, or write A., B., ... before each")
         for options in [given] if given else [_options([question]), []]:  # what a question lists need not be options
             if letter := _letter(gold, options):
                 break
         kind = declared or source.default_kind or ("math" if FORMULA.search(gold) else "text")
         if letter and declared != "math" and "text" not in (declared, source.default_kind):
+            demand({_letter(each, options) for each in answers} <= {letter, ""}, "has several right options")
             kind, answers = "choice", [letter]
         elif kind == "choice" or (given and not declared):
-            raise DataError(f"has the answer {gold!r}, which is neither a letter nor an option")
+            raise DataError(f"has the answer {gold!r}, which is neither a letter nor the text of one option")
         letters = list(ascii_uppercase[: len(options)])
         listed = "".join(f"\n{letter}. {text}" for letter, text in zip(letters, given))
         if given and all(map(TAG.fullmatch, given)):  # each a picture of its own, or all drawn in a single one
             options = letters
             listed = listed if len(TAG.findall(question + listed)) == len(images) else ""
-        question += listed * (given != letters)
+        question += listed * (given not in (letters, _options([question])))  # which may list them already
         if not images and source is not OWN:  # a tag stands for nothing
             question = TAG.sub(lambda tag: f"[{tag[0].strip('<>')}]", question)
         question, images = _placed(question, images)
@@ -337,7 +339,7 @@ class _Table:
             try:
                 present, rows = _rows(path, columns)
                 lacking = ", ".join(name for name in names if {"", *present}.isdisjoint(re.split("[+|]", name)))
-                demand(not lacking, f"lacks {re.sub('[|+]', ' or ', lacking)}; it has {', '.join(present)}")
+                demand(not lacking, f"lacks {re.sub('[|+]', ' or ', lacking)}; it has {', '.join(present) or 'no row'}")
                 unknown = [name for name in present if name not in [*columns, *Source.images.split("|")]]
                 if unknown and self.source is OWN and wanted is None:
                     log.warning("%s: not understood, and not read: %s", self.name, ", ".join(unknown))
@@ -346,7 +348,8 @@ class _Table:
                         yield index, row
             except (OSError, ValueError, csv.Error) as error:
                 said = error if isinstance(error, DataError) else f"cannot be read: {error}"
-                raise DataError(f"{self.name}: {path.name} {said}.") from error
+                where = self.name if self.name == path.name else f"{self.name}: {path.name}"
+                raise DataError(f"{where} {said}.") from error
 
 
 def _rows(path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
@@ -367,8 +370,8 @@ def _rows(path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
     for number, line in enumerate([text] if kind == ".json" else text.split("\n"), 1):  # texts may hold other line ends
         try:
             found = json.loads(line) if line.strip() else []
-        except ValueError as error:
-            raise DataError(f"has no JSON in line {number}: {error}") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"has no JSON in line {number + error.lineno - 1}: {error.msg}") from error
         for row in found if isinstance(found, list) else [found]:
             demand(isinstance(row, dict), f"has a row {len(rows) + 1} that is no object with named fields")
             rows.append(row)
@@ -394,10 +397,10 @@ def _leaves(value: object) -> list[str | bytes]:
     if isinstance(value, dict):
         if "ground_truth" in value:
             value = [value["ground_truth"], value.get("candidate_answers")]
-        elif value and ascii_uppercase.startswith("".join(sorted(value))):
+        elif value and ascii_uppercase.startswith("".join(sorted(value)).upper()):
             value = [value[key] for key in sorted(value)]
         else:
-            value = value.get("bytes") or value.get("path") or value.get("url") or b""
+            value = next(filter(None, map(value.get, ("bytes", "path", "url", "text"))), b"")
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in _leaves(item)]
     if value is None or value != value:  # pandas writes a missing text as NaN
@@ -453,7 +456,7 @@ def picture(cell: object, folder: Path, members: dict[str, zipfile.ZipFile] | No
         encoded = "".join(ref.rpartition("base64,")[2].split())
         if len(encoded) > 64:  # a path may be made of the same letters
             return base64.b64decode(encoded, validate=True)
-    raise DataError(f"lacks its image ({ref[:60] if ref else 'embedded'}) in {folder}")
+    raise DataError(f"lacks its image ({ref[:60] if ref else 'embedded'}) in {folder.absolute()}")
 
 
 def _letter(gold: str, options: list[str]) -> str:
@@ -532,9 +535,7 @@ def to_messages(problem: Problem, turns: Iterable[str | Observation], folder: Pa
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file, unless it holds this already, whole or not at all: another process may read it, or write it too."""
-    if path.exists() and path.read_bytes() == content:
-        return
+    """Write a file, whole or not at all: another process may read it meanwhile, or write the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}.draft")
     try:

@@ -1674,6 +1674,7 @@ def test_training_rows_but_ones_own_lose_what_evaluation_or_an_earlier_part_has(
     ({"answers": ["a", "b"], "kind": "math", "id": "own"}, "math", ["a", "b"], ""), ({"answers": ["a"], "answer": "b"}, "text", ["b", "a"], ""), ({"question": "Q", "answer": 3}, "math", "3", ""),
     ({"answer": "blue", "kind": "choice", "options": ["red", "", "blue"], "category": "colour"}, "choice", "C", "red  blue"),
     ({"answer": "C", "options": ["red", None, "blue"]}, "choice", "C", "red  blue"), ({"answer": "C", "options": {"A": "red", "B": None, "C": "blue", "D": None}}, "choice", "C", "red  blue"),
+    ({"question": "Hue?\nA. red\nB. blue", "options": {"a": "red", "b": "blue"}, "answer": "B"}, "choice", "B", "red blue"), ({"options": [{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}], "answer": "B"}, "choice", "B", "red blue"),
 ])  # fmt: skip
 def test_columns_options_and_golds_are_understood_as_people_write_them(tmp_path, caplog, row, kind, answers, options):
     bare = {"problem", "query", "prompt", "question"}.isdisjoint(row)
@@ -1715,13 +1716,13 @@ def test_other_kinds_of_files_hold_the_same_and_what_is_not_read_is_named_once(t
 
 @pytest.mark.parametrize("row, said", [
     ({"question": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}]}, "'assistant' part, which is not"), ({"question": "Q"}, "has no answer"),
-    ({"options": ["red", "blue"], "answer": "green"}, "the answer 'green', which is neither a letter nor an option"), ({"image": "A" * 101}, r"lacks its image \(AAA"),
-    ({"images": ["one.png", "two.png"], "question": "<image>?"}, "has 1 tags such as <image> for 2 pictures"), ({"image": "note.txt"}, "broken picture: .*note.txt"),
-    ({"image": "one.png", "question": "<image> or <image>?"}, "has 2 tags .* for 1 pictures"), ({"question": "See <image>"}, "has 1 tags .* for 0 pictures"), ({"image": "gone.png"}, r"lacks its image \(gone.png\) in "),
-    ({"options": ["red", "blue"], "answer": "E"}, "neither a letter nor an option"), ({"options": "red, blue"}, "has the options .*red, blue.*: make them a list"),
-    ({"image": "long.png"}, "sides are 8 and 4000 pixels, .* at most 1 : 200"), ({"image": "half.png"}, "broken picture: .*half.png.* cannot be decoded"),
+    ({"options": ["red", "blue"], "answer": "green"}, "the answer 'green', which is neither a letter nor the text of one option"), ({"image": "A" * 101}, r"lacks its image \(AAA"),
+    ({"images": ["one.png", "two.png"], "question": "<image>?"}, "has 1 tags such as <image> for 2 pictures"), ({"image": "note.txt"}, "bad picture: .*note.txt"),
+    ({"image": "one.png", "question": "<image> or <image>?"}, "has 2 tags .* for 1 pictures"), ({"question": "See <image>"}, "has 1 tags .* for 0 pictures"), ({"options": ["red", "blue"], "answer": ["A", "blue"]}, "has several right options"), ({"image": "gone.png"}, r"lacks its image \(gone.png\) in "),
+    ({"options": ["red", "blue"], "answer": "E"}, "neither a letter nor the text of one option"), ({"options": "red, blue"}, "has options that no rule reads: make them a list"),
+    ({"image": "long.png"}, "sides are 8 and 4000 pixels, .* at most 1 : 200"), ({"image": "half.png"}, "bad picture: .*half.png.* cannot be decoded"),
     ({"answer": "\\boxed{}", "question": "Q"}, "has no answer"), ({"image": {"bytes": ""}}, r"lacks its image \(embedded\)"), ({"answer": "1"}, "has no question"),
-    ({"question": "Q", "answer": "[]"}, "has no answer"), ({"answer": "10^{324}"}, "no rule can grade right"), ({"image": "empty.png"}, "broken picture"),
+    ({"question": "Q", "answer": "[]"}, "has no answer"), ({"answer": "10^{324}"}, "no rule can grade right"), ({"image": "empty.png"}, "bad picture"),
     ({"answer": "3 + 3 = 6\n#### 6"}, "has a derivation for an answer"), ({"answer": "\\boxed{1} and \\boxed{2}"}, "has a derivation for"), ({"answer": {"value": "4"}}, "bytes"),
     ({"kind": "Maths"}, "has a kind but math, choice or text"), ({"category": {"x": 1}}, "bytes"),
 ])  # fmt: skip
@@ -1776,14 +1777,15 @@ def test_a_refusing_hub_broken_sets_and_files_and_unknown_or_double_names_are_on
     refused("1 problems of .* the id of another, as mine/0", f"{tmp_path}/a/mine.jsonl,{tmp_path}/b/mine.jsonl")
     refused(r"called 'vstat'; known are mathvision, dynamath,.*paper-rl", "vstat")
     bad = own_file(tmp_path, *[{"question": "Q", "answer": ""}] * 90)
-    refused(r"90 of 90 rows .* row 1 \(mine/0\).* row 20 \(mine/19\) has no answer\. Mend", bad)
+    refused(r"90 of 90 rows .* row 1 \(mine/0\).* row 20 \(mine/19\) has no answer \.\.\.\. Mend", bad)
     for name, rows, message in (
         ("mine.jsonl", ({"question": "Q", "images": []},), "lacks answer or answers or .*; it has question, images"),
-        ("mine.jsonl", (), "lacks question or problem .*, answer or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2"),
+        ("mine.jsonl", (), "lacks question or problem .*, answer or"), ("mine.jsonl", ({"question": "Q", "answer": "1"}, "{"), "has no JSON in line 2: Expecting"),
         ("mine.json", (b"",), "lacks question or .*, answer or"), ("mine.json", (b"5",), "has a row 1 that is no object"),
-        ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"),
+        ("mine.json", ('["é"]'.encode("latin-1"),), "cannot be read: 'utf-8'"), ("mine.json", (b'[\n{"a":\n]',), "has no JSON in line 3: Expecting"),
+        ("mine.csv", (b"question,answer\nIs 1,200 it?,1\n",), "row 1 .* has more cells than the table has columns"),
     ):  # fmt: skip
-        refused(f"{name} {message}", own_file(tmp_path, *rows, name=name))
+        refused(f"{name}:? {message}", own_file(tmp_path, *rows, name=name))
 
 
 def test_trajectories_of_qwens_and_openais_form_with_pictures_anywhere_are_read_alike_or_refused(tmp_path):
@@ -2028,7 +2030,7 @@ def test_a_finished_run_takes_more_steps_or_other_problems_and_nothing_else_and_
     assert "sft is done: runs/shared/sft\nrl is done" in out
     assert out.split("| data")[-1] == one[1].split("| data")[-1] and state() == before
     for name, value, was in (("lr", "0.5", "0.0003"), ("algo", "grpo", "'axpo'")):
-        said = f"runs/shared was begun with --{name} {was}: give another --name, or delete the folder"
+        said = f"runs/shared was begun with --{name} {was}: give another --name, or delete it"
         assert said in sentence(SHARED, f"--{name}", value) and state() == before
     files = {"mine.jsonl": "problems", "wrong.jsonl": "examples", "runs/hand/sft/model.safetensors": "weights"}
     for file, what in files.items():
@@ -2265,7 +2267,7 @@ def test_distillation_reads_back_as_sampled_and_rl_leaves_out_always_and_never_s
         assert [problem.id for problem in problems] == [f"mine/{k}" for k in left] and others == [[], []]
     assert "4 of 6 problems (5 in the dump) are neither always solved nor never" in capsys.readouterr().out
     for dumps, known, left in (("all.jsonl", 6, 0), ("none.jsonl", 0, 6), ("mine.jsonl", 0, 6), ("other.jsonl", 0, 6)):
-        with pytest.raises(ValueError, match=f"{dumps}: of 6 problems {known} stand in the first file, and {left} are"):
+        with pytest.raises(ValueError, match=f"{dumps}: of 6 problems it knows {known}, .* {left} are left"):
             axpo.load_data(replace(cfg, keep_unsolved=dumps))
 
 
