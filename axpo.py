@@ -134,7 +134,9 @@ class Config(ToolConfig):
     judge_url: str = option("", "OpenAI-compatible endpoint (.../v1) that grades, in evaluation, what rules cannot")
     judge_model: str = option("", "model of that endpoint; the key is OPENAI_API_KEY of the environment")
     on_bad_row: str = option("stop", "a row that cannot be used ends the start, or is left out, counted", "stop skip")
-    max_prompt_tokens: int = option(8192, "longer questions, pictures included, are left out and counted")
+    max_prompt_tokens: int = option(
+        8192, "longer questions, pictures included, are left out, as are trajectories longer than both limits"
+    )
     max_image_pixels: int = option(2_000_000, "larger pictures are scaled down to this; 1024 pixels make a token")
     max_rows: int = option(128, "most rollouts decoded side by side, per process")
     threads: int = option(0, "CPU threads of torch (0: all cores)")
@@ -1651,7 +1653,7 @@ def read_trajectories(path: Path, on_bad_row: str) -> list[data.Trajectory]:
     """Those of a JSONL file of {messages}, or of a distillation. What RL would not reward is said."""
     read, bad = [], []  # read: (line, trajectory)
     for number, line in enumerate(read_lines(path), 1):
-        for row in [] if "made_by" in line else line.get("rollouts", [line]):
+        for row in [] if "made_by" in line else line.get("rollouts", [line]) or []:
             try:
                 if row.get("messages") == []:  # as are those of a rollout that was wrong
                     continue
@@ -1677,7 +1679,7 @@ def read_trajectories(path: Path, on_bad_row: str) -> list[data.Trajectory]:
         print(f"{unboxed} of {len(found)} trajectories do not end in <answer>\\boxed{{}}</answer>, as RL demands")
     tools, called = {schema["function"]["name"] for schema in SCHEMAS}, set()
     for _, turns in found:
-        called.update(re.findall(r'<tool_call>\s*{"name": "(.*?)"', "".join(turns[::2])))
+        called.update(re.findall(r'<tool_call>[^<]*?"name":\s*"(.*?)"', "".join(turns[::2])))
     if called - tools:
         print(f"trajectories call {', '.join(sorted(called - tools))}, but the tools are {', '.join(sorted(tools))}")
     return found
@@ -1935,8 +1937,8 @@ def diagnose(policy: Policy, problems: Sequence[Problem], cfg: Config, folder: P
             call = policy.tokenizer.decode(c.ids[c.calls[0].start : c.calls[0].end])
             if not any(same_call(call, other) for other in distinct):
                 distinct.append(call)
-        confidence = confidence_of[x.prefix.question, x.prefix.source]
-        rows.append((x.prefix.uncertainty, confidence, mean(c.reward for c in x.continuations), len(distinct)))
+        unsure = x.prefix.uncertainty, confidence_of[x.prefix.question, x.prefix.source]
+        rows.append((*unsure, mean(c.reward for c in x.continuations), len(distinct)))
     entropy, confidence, recovery, calls = np.array(gather_lists(rows)).reshape(-1, 4).T
     metrics |= {"distinct_calls": mean(calls), "one_call_only": mean(calls == 1)}
     metrics["entropy_with_recovery"] = rank_correlation(entropy, recovery)
@@ -1998,7 +2000,7 @@ class Run:
         self.folder, self.cfg = folder, cfg
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
-            for draft in folder.glob("*.draft"):  # of a run that was killed while it wrote
+            for draft in sorted(folder.rglob("*.draft")):  # of a run that was killed while it wrote
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             path, now = folder / "config.json", asdict(cfg)
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
@@ -2117,12 +2119,14 @@ section { border-left: 4px solid #bbb; padding-left: 0.7rem; margin: 1rem 0 } .f
 
 def group_page(batch: Batch, policy: Policy, step: int) -> str:
     """A question's rollouts as a page of HTML. Under each resampled prefix stand its forks: what its source wrote next,
-    which is not trained on, and what was drawn instead. The question is that of the prefix with the most credit."""
-    problem = max(batch.streams, key=lambda s: (s.kind == "prefix", s.advantage)).rollout.problem
+    which is not trained on, and what was drawn instead. The question is that of the prefix with the most credit, if
+    there is one, and if it can be one whose rollouts are this process's."""
     sources = {}  # of the prefixes: the rollouts that they were cut from
     for x in batch.resamples:
         if x.prefix.question in batch.groups:  # else another process has it
             sources[x.rollout] = batch.groups[x.prefix.question][x.prefix.source]
+    most = max(batch.streams, key=lambda s: (s.rollout in sources, s.kind == "prefix", s.advantage))
+    problem = most.rollout.problem
     question = html.escape(problem.question)
     for image in problem.images:
         question = question.replace(html.escape(data.MARKER), picture_tag(image), 1)
@@ -2247,7 +2251,8 @@ def completed(cfg: Config) -> Config:
         (bool(cfg.judge_url) != bool(cfg.judge_model), "--judge_url and --judge_model belong together"),
         (not 0 < cfg.eps_low < 1, f"--eps_low must lie between 0 and 1, not {cfg.eps_low}"),
         (not 0 < cfg.eval_top_p <= 1, f"--eval_top_p must lie in (0, 1], not {cfg.eval_top_p}"),
-        (0 in (cfg.lr, cfg.sft_lr), "with a learning rate of 0 nothing is learned"),
+        (learns and cfg.lr == 0, "--lr 0: nothing is learned"),
+        (cfg.stage in ("all", "sft") and cfg.sft_lr == 0, "--sft_lr 0: nothing is learned"),
         (learns and cfg.algo == "axpo" and cfg.max_turns < 2, "--max_turns 1 leaves no turn for what a tool returns"),
         (learns and cfg.rollouts_per_question < 2, "--rollouts_per_question 1: one alone has no advantage"),
         (learns and cfg.temperature == 0, "--temperature 0 makes a question's rollouts alike: nothing is learned"),
@@ -2276,8 +2281,8 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem], list]:
 
 
 def leave_out_long(policy: Policy, items: list, limit: int, too_long: str) -> list:
-    """Those of problems, or of trajectories, that take at most `limit` tokens. Pictures are not decoded for it: their
-    size tells."""
+    """Those of problems, or of trajectories, that take about `limit` tokens at most. Pictures are not decoded for it:
+    their size tells."""
     frame, kept = len(policy.prompt(Problem("", "", (), (), "text")).ids), []
     for item in items:
         problem, turns = (item, []) if isinstance(item, Problem) else item

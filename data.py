@@ -207,7 +207,6 @@ def check(name: str) -> list[tuple[str, int | None]]:
 
 
 def _draw(items: list, count: int | None, seed: int) -> list:
-    """All of the items, or `count` of them."""
     return items if count is None else random.Random(seed).sample(items, min(count, len(items)))
 
 
@@ -311,7 +310,7 @@ class _Table:
                 break
         kind = declared or source.default_kind or ("math" if FORMULA.search(gold) else "text")
         if letter and declared != "math" and "text" not in (declared, source.default_kind):
-            demand({_letter(each, options) for each in answers} <= {letter, ""}, "has several right options")
+            demand({_letter(each, options) for each in answers} <= {letter, ""}, "has several right letters")
             kind, answers = "choice", [letter]
         elif kind == "choice" or (given and not declared):
             raise DataError(f"has the answer {gold!r}, which is neither a letter nor the text of one option")
@@ -346,7 +345,7 @@ class _Table:
                 for row, index in zip(rows, numbers, strict=False):
                     if wanted is None or index in wanted:
                         yield index, row
-            except (OSError, ValueError, csv.Error) as error:
+            except (OSError, ValueError, RecursionError, csv.Error) as error:
                 said = error if isinstance(error, DataError) else f"cannot be read: {error}"
                 where = self.name if self.name == path.name else f"{self.name}: {path.name}"
                 raise DataError(f"{where} {said}.") from error
@@ -380,7 +379,7 @@ def _rows(path: Path, columns: list[str]) -> tuple[list[str], Iterable[dict]]:
 
 def _cells(row: dict, names: str) -> list[str | bytes]:
     """What a row holds in columns named as in Source, as texts or bytes; [] if all of them are empty."""
-    for alternative in names.split("|"):
+    for alternative in filter(None, names.split("|")):
         cells = [leaf for name in alternative.split("+") for leaf in _leaves(row.get(name))]
         if any(cell != "" for cell in cells):
             return cells
@@ -392,7 +391,7 @@ def _leaves(value: object) -> list[str | bytes]:
     options {A, B, ...}, or FVQA's reward {ground_truth, candidate_answers}."""
     if isinstance(value, str) and re.fullmatch(r"\s*(\[\s*(['\"].*)?\]|\{\s*['\"]A['\"].*\})\s*", value, re.DOTALL):
         for parse in (json.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):
                 return _leaves(parse(value))
     if isinstance(value, dict):
         if "ground_truth" in value:
@@ -520,7 +519,8 @@ def to_messages(problem: Problem, turns: Iterable[str | Observation], folder: Pa
         content = image.read_bytes() if isinstance(image, Path) else image
         with Image.open(io.BytesIO(content)) as opened:
             name = f"images/{digest(content)[:32]}.{opened.format.lower()}"
-        write(folder / name, content)
+        if not (folder / name).exists():
+            write(folder / name, content)
         return {"type": "image", "image": name}
 
     images = iter(problem.images)
@@ -654,7 +654,8 @@ _REWRITES = [(re.compile(pattern.replace("GROUP", r"\{([^{}]*)\}").replace("CALL
 ]] * 6 + [(re.compile(rf"\\(?=(?:{_CALLS})\(|{_GREEK})"), " ")]  # six levels of nesting, from the inside out
 _TOKEN = re.compile(rf"(?:\d{{0,6}}\.\d{{1,9}}|\d{{1,20}})(?![\d.])|(?:{_CALLS})\(|{_GREEK}|(?!ln)[A-Za-z](?:_\w++)?"
     r"(?![A-Za-z]{2})|[-+*/^()]", re.ASCII)  # no words, and no numbers so long that they come close to a root
-_DATE = re.compile(r"(\d{1,2} )?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*( \d{1,2})?( [12]\d{3})?")
+_DATE = re.compile(r"(\d{1,2} )?(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|"
+    r"oct(ober)?|nov(ember)?|dec(ember)?)( \d{1,2})?( [12]\d{3})?")
 _CONNECTING = {"of", "and", "it", "is", "its", "was", "are", "da", "de", "dr", "mr", "mrs", "ms", "sir"}
 _DECISIVE = re.compile(r"\w|yes|no[tn]?|never|none|nor|without|anti|vice|former|new|(?:north|south|east|west)(?:ern)?")
 _PLACE = ("(?:Australia|Austria|Brazil|Canada|China|Egypt|England|France|Germany|Greece|India|Ireland|Italy|Japan|"
@@ -713,14 +714,13 @@ def _number(text: str, question: str = "") -> tuple[Fraction, str] | None:
 
 
 def _same_math(answer: str, gold: str, problem: Problem, tolerance: float = 0.0) -> bool:
-    """Prose, numbers, points in order, lists in any, formulas. One side may lack its unit or its `name =`."""
+    """Prose, numbers, points in order, lists in any, formulas. One side may lack a unit (not am or pm) or `name =`."""
     if re.fullmatch(r"[A-Za-z' ,.()-]*[A-Za-z]{3}[A-Za-z' ,.()-]*", gold):
         return _same_text(answer, gold, problem, tolerance)
-    ratio = r"\\frac{\1}{\2}" if "ratio" in problem.question.lower() else r"\g<0>"  # then 1:4 is 1/4
-    whole = [re.sub("(?<![^=])([^:=]+?)(?::| to )([^:=]+)$", ratio, _tidy(text)) for text in (answer, gold)]
-    (name, answer, unit), (its_name, gold, its_unit) = (_PARTS.fullmatch(text).groups("") for text in whole)
-    if bool(name) != bool(its_name) and set("xy=") <= {*whole[0]} & {*whole[1]}:
-        (answer, gold), name, its_name = whole, "", ""  # y=2x+1 and 2x-y+1=0
+    both = _tidy(answer), _tidy(gold)
+    if (":" in both[0]) != (":" in both[1]) and re.search(r"\bratios?\b", problem.question):  # there 1/4 is 1:4
+        both = [re.sub("(?<![^=])([^:=,;]+):([^:=,;]+)$", r"\\frac{\1}{\2}", text) for text in both]
+    (name, answer, unit), (its_name, gold, its_unit) = (_PARTS.fullmatch(text).groups("") for text in both)
     number, given = (_number(text, problem.question) for text in (gold, answer))
     unit, its_unit = (given[1] if given else "") or unit.lower(), (number[1] if number else "") or its_unit.lower()
     if not gold or (name and its_name and not re.match(rf"{re.escape(name)}(_|$)", its_name)):  # x may stand for x_1
@@ -809,9 +809,9 @@ def _same_text(answer: str, gold: str, problem: Problem, tolerance: float = 0.0)
     if not re.search(rf"(?:^|[ (]){_PLACE}\)?$", gold):
         answer = re.sub(rf"(?:(?:, ?| \(){_PLACE}\)?)+$", "", answer)
     ours, theirs, number = _words(answer), _words(gold), _number(_tidy(gold))
-    if _DATE.fullmatch(" ".join(ours)):  # a year is also right within a full date
+    if _DATE.fullmatch(" ".join(ours)) and (_DATE.fullmatch(" ".join(theirs)) or re.fullmatch(r"[12]\d{3}", gold)):
         ours, theirs = (sorted(word[:3] if word.isalpha() else word for word in words) for words in (ours, theirs))
-        return ours == theirs or (gold in ours and re.fullmatch(r"[12]\d{3}", gold) is not None)
+        return ours == theirs or (gold.isdigit() and gold in ours)  # a year is also right within a full date
     if (number and not re.search("[a-z]{2}s$", number[1])) or re.match(r"\d+:\d\d", gold):
         return _same_math(answer, _tidy(gold), problem, tolerance)
     given, wanted = ([word for word in words if word not in _CONNECTING] or words for words in (ours, theirs))

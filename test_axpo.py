@@ -1315,7 +1315,7 @@ x_1+x_2 | x_{2}+x_{1} || \sqrt[3]{2} | 2^{1/3} || 3:30 | 3:30 | 3:30 PM | 3:30 p
 7 | seven | (7) | {7} | **7** | "7" | ７ | The answer is 7 | Answer: 7 | It is 7 | \approx 7 | x \approx 7 | 7 apples || 210 | 210 ways | 210\text{ ways}
 -2\le x<4 | 4>x\ge-2 | [-2,4) | -2 \leqslant x < 4 || 4, 5 | AB=4, CD=5 | AB = 4 and CD = 5 | 5; 4 || $$1$$ $$-1$$ | 1, -1 | 1; -1 | $$1$$ $$-1$$
 \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{bmatrix}1&2\\3&4\end{bmatrix} | \begin{bmatrix} 1.0 & 2 \\ 3 & 4 \end{bmatrix}
-(3,-4) | P(3,-4) || x_1=1, x_2=-3 | x=1 or x=-3 || y=2x+1 | 2x-y+1=0 | y-2x=1 || x^2+y^2=4 | y^2+x^2=4 | x^2+y^2-4=0 || 2\pi\sqrt{\frac{L}{g}} | \frac{2\pi}{\sqrt{g/L}} || \frac{3}{4} | \tan\angle BAC = 0.75 | \sin\alpha=3/4 | S_{\triangle ABC}=\frac34 || x\ne2 | x \neq 2 | x≠2 || 6\sqrt{2} | 6\sqrt2 \text{ square units}
+(3,-4) | P(3,-4) || x_1=1, x_2=-3 | x=1 or x=-3 || 3:4, 12 | 12, 3:4 || x^2+y^2=4 | y^2+x^2=4 | x^2+y^2-4=0 || 2\pi\sqrt{\frac{L}{g}} | \frac{2\pi}{\sqrt{g/L}} || \frac{3}{4} | \tan\angle BAC = 0.75 | \sin\alpha=3/4 | S_{\triangle ABC}=\frac34 || x\ne2 | x \neq 2 | x≠2 || 6\sqrt{2} | 6\sqrt2 \text{ square units}
 """
 WRONG = r"""
 42 | 41 | 1=2=3=42 | x=41=42 | 42 \text{ is wrong} | not=42 | 42 41 | 42 (or 41) | 42/41 | \pm42
@@ -1353,7 +1353,8 @@ MALFORMED = ["", "<answer>\\boxed{42}</answer>"] + ["t</think>" + tail for tail 
 QUESTIONS = r"""
 What percentage is red? | 50 | 50% | - || What percentage is red? | 50% | - | 0.5 || After a 20% discount, what is left of 80? | 80 | - | 80%
 After a 20% discount, what is the ratio? | 0.8 | 80% | - || Expand $(x+1)^2$. | x^2+2x+1 | 1+2x+x^2 | (x+1)^2
-What is the ratio of red to blue? | 3:4 | 3 to 4 | 4:3 || What is the ratio? | 1/4 | 1:4 | 4:1
+What is the ratio of red to blue? | 3:4 | 3/4 | 4:3 || What is the ratio? | 1/4 | 1:4 | 4:1 || Simplify the ratio 12:18. | 2:3 | - | 12:18
+When does the operation begin? | 3:30 | - | 1:10 || When does the operation begin? | 3:30 | - | 7/2 || What are the ratio and the area? | 3:4, 12 | 12, 3:4 | 4:3, 12
 Compute $\sqrt{8}+\sqrt{2}$. | 3\sqrt{2} | \sqrt{18} | (\sqrt8 + \sqrt2)
 """
 BALLS = {"kind": "choice", "options": ("A red ball", "A blue ball", "12 cm", "None")}
@@ -1388,7 +1389,7 @@ United States Senate | United States || film director and screenwriter | film di
 University of New Mexico | New Mexico || New South Wales | South Wales || World War II | World War || France | France, Germany
 1945 | June 23, 1944 | 1944-1945 | June 1944 or 1945 || June 23, 1945 | 1945 | June 24, 1945 | June 23 or 24, 1945 || 3:30 PM | 3:30 AM | 3:30
 Three Musketeers | 3 || 12 monkeys | 12 || 3 | three or four || 1.5 million | 1.5 | 1.5 billion || 30 km | 30 miles || $5 million | $5
-Mona Lisa | "Mona Lisa", "The Scream" || Smith | A. Smith || A. Lincoln | Lincoln
+Mona Lisa | "Mona Lisa", "The Scream" || Smith | A. Smith || A. Lincoln | Lincoln || March | Mars | Mary || Mars | March || Julia | Julian || May | May 5 | Mayor
 """
 GOLDS = [("B", "choice"), ("New York City", "text"), ("the old red lighthouse", "text")]
 GOLDS += [(gold, "math") for gold in ("42", "3/4", "2\\sqrt{2}", "(1,2)", "1,2", "x^2+1", "15 cm")]
@@ -1433,6 +1434,8 @@ def test_what_is_equal_is_right_and_what_is_different_or_uncomputed_or_hedged_or
     for options in ((), ("<image2>", "<image3>", "<image4>")):  # in the figure
         drawn = {"kind": "choice", "options": options}
         assert graded([("B", a) for a in right], 0.0, **drawn) == graded([("B", a) for a in wrong], 1.0, **drawn) == []
+    stones = {"kind": "choice", "options": ("Marble", "Marigold")}  # no months
+    assert graded([("A", "Marble"), ("B", "Marigold")], 0.0, **stones) == []
     shuffled = {"kind": "choice", "options": ("F", "D", "B", "I")}  # a bare letter is the letter, whatever they say
     assert graded([("D", "D"), ("A", "F")], 0.0, **shuffled) == graded([("B", "D"), ("C", "B")], 1.0, **shuffled) == []
     for row in QUESTIONS.strip().replace("\n", " || ").split(" || "):
@@ -1656,6 +1659,7 @@ def test_training_rows_but_ones_own_lose_what_evaluation_or_an_earlier_part_has(
     (tmp_path / "one.png").write_bytes(png(3))  # visualprobe has it too, but a file of one's own is no set of its name
     again = [{"question": "R", "answers": ["2"], "images": ["one.png"]}, row]  # the same picture, other columns
     assert len(data.load(f"{path},{own_file(tmp_path, *again)}")) == 3
+    assert len(own(tmp_path, b",question,answer\n0,Q,1\n1,R,2\n", name="mine.csv")) == 2  # a column without a name
     data._evaluation_images.cache_clear()
     monkeypatch.setattr(data._Table, "stream", None)  # the next start reads no benchmark again
     assert len(data._evaluation_images()) == 106
@@ -1718,7 +1722,7 @@ def test_other_kinds_of_files_hold_the_same_and_what_is_not_read_is_named_once(t
     ({"question": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}]}, "'assistant' part, which is not"), ({"question": "Q"}, "has no answer"),
     ({"options": ["red", "blue"], "answer": "green"}, "the answer 'green', which is neither a letter nor the text of one option"), ({"image": "A" * 101}, r"lacks its image \(AAA"),
     ({"images": ["one.png", "two.png"], "question": "<image>?"}, "has 1 tags such as <image> for 2 pictures"), ({"image": "note.txt"}, "bad picture: .*note.txt"),
-    ({"image": "one.png", "question": "<image> or <image>?"}, "has 2 tags .* for 1 pictures"), ({"question": "See <image>"}, "has 1 tags .* for 0 pictures"), ({"options": ["red", "blue"], "answer": ["A", "blue"]}, "has several right options"), ({"image": "gone.png"}, r"lacks its image \(gone.png\) in "),
+    ({"image": "one.png", "question": "<image> or <image>?"}, "has 2 tags .* for 1 pictures"), ({"question": "See <image>"}, "has 1 tags .* for 0 pictures"), ({"options": ["red", "blue"], "answer": ["A", "blue"]}, "has several right letters"), ({"image": "gone.png"}, r"lacks its image \(gone.png\) in "),
     ({"options": ["red", "blue"], "answer": "E"}, "neither a letter nor the text of one option"), ({"options": "red, blue"}, "has options that no rule reads: make them a list"),
     ({"image": "long.png"}, "sides are 8 and 4000 pixels, .* at most 1 : 200"), ({"image": "half.png"}, "bad picture: .*half.png.* cannot be decoded"),
     ({"answer": "\\boxed{}", "question": "Q"}, "has no answer"), ({"image": {"bytes": ""}}, r"lacks its image \(embedded\)"), ({"answer": "1"}, "has no question"),
@@ -2129,7 +2133,7 @@ def test_data_defaults_follow_model_and_stage(own_run, options, defaults):
     "--rollouts_per_question 0": "--rollouts_per_question must be a number of at least 1, not 0",
     "--rollouts_per_question 1": "--rollouts_per_question 1: one alone has no advantage", "--eval_top_p 0": "--eval_top_p must lie in (0, 1]",
     "--temperature 0": "--temperature 0 makes a question's rollouts alike", "--temperature -1": "--temperature must be a number of at least 0, not -1",
-    "--lr nan": "--lr must be a number", "--beta inf": "--beta must be a number", "--lr 0": "learning rate of 0", "--max_turns 1": "no turn for what a tool returns", "--eps_low 1": "--eps_low must lie between 0 and 1",
+    "--lr nan": "--lr must be a number", "--beta inf": "--beta must be a number", "--lr 0": "--lr 0: nothing is learned", "--max_turns 1": "no turn for what a tool returns", "--eps_low 1": "--eps_low must lie between 0 and 1",
     "--questions_per_step 2 --resample_ratio 0.1": "no prefix would ever be resampled; raise the ratio, or say --algo grpo",
     "--judge_url http://localhost/v1": "--judge_url and --judge_model belong together", "--judge_model x": "--judge_url and --judge_model belong together",
     "--data nothing": "called 'nothing'; known are mathvision", "--eval_data fvqa:many": "fvqa:many: after the colon belongs a number",
@@ -2401,6 +2405,7 @@ def test_processes_end_with_one_that_is_killed_or_fails_stop_at_a_signal_and_tra
     assert done.returncode != 0 and said not in done.stdout and 'axpo.py", line' not in done.stderr
     # It is said by the first process alone; torchrun repeats it below its own traceback.
     assert done.stderr.count(said) == 2 and said in done.stderr.splitlines()[-2]
+    assert not Path("runs/failing").exists()
 
 
 def updates_by_hand(cfg, folder):

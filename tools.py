@@ -244,8 +244,11 @@ def image_size(source: bytes | Path) -> tuple[int, int]:
 
 
 def digest(source: bytes | Path) -> str:
-    """SHA-256 of a picture's file: finds its copies, but not the same picture encoded anew."""
-    return hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).hexdigest()
+    """SHA-256 of a file: finds its copies, but not the same picture encoded anew."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with open(source.expanduser(), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rgb(image: Image.Image) -> Image.Image:
