@@ -1245,6 +1245,8 @@ def load_policy(name: str, cfg: Config, trained: bool = True) -> Policy:
         else:
             if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1):
                 raise ValueError("there is no such folder")
+            if (folder / "metrics.jsonl").exists():
+                raise ValueError("it is the folder of a run, whose models are in its rl/ or sft/")
             if not folder.is_dir():
                 folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
             model, *processors = empty_model(folder)
