@@ -134,9 +134,7 @@ class Config(ToolConfig):
     judge_url: str = option("", "OpenAI-compatible endpoint (.../v1) that grades, in evaluation, what rules cannot")
     judge_model: str = option("", "model of that endpoint; the key is OPENAI_API_KEY of the environment")
     on_bad_row: str = option("stop", "a row that cannot be used ends the start, or is left out, counted", "stop skip")
-    max_prompt_tokens: int = option(
-        8192, "longer questions, pictures included, are left out, as are trajectories longer than both limits"
-    )
+    max_prompt_tokens: int = option(8192, "longer questions are left out, and trajectories longer than both limits")
     max_image_pixels: int = option(2_000_000, "larger pictures are scaled down to this; 1024 pixels make a token")
     max_rows: int = option(128, "most rollouts decoded side by side, per process")
     threads: int = option(0, "CPU threads of torch (0: all cores)")
