@@ -2286,7 +2286,8 @@ def leave_out_long(policy: Policy, items: list, limit: int, too_long: str) -> li
     frame, kept = len(policy.prompt(Problem("", "", (), (), "text")).ids), []
     for item in items:
         problem, turns = (item, []) if isinstance(item, Problem) else item
-        text, room = problem.question + "".join(turns[::2] + [seen.text for seen in turns[1::2]]), limit - frame
+        text = problem.question + "".join(turns[::2] + [seen.text for seen in turns[1::2]])
+        room = limit - frame
         for width, height in map(image_size, all_pictures(problem, turns)):
             scale = min(1.0, (policy.max_image_pixels / (width * height)) ** 0.5) / 32  # a token has 32 x 32 pixels
             room -= max(64, math.ceil(width * scale) * math.ceil(height * scale))
